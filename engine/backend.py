@@ -1,0 +1,50 @@
+"""Our own decoder as a :class:`engine.decoding.base.Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from engine.decoding import method_factories
+from engine.decoding.base import DecodingMethod
+from engine.errors import InvalidRequestError
+from engine.models.decoder import Decoder
+from engine.models.kv_cache import KVCache
+from engine.models.stepper import make_stepper
+
+if TYPE_CHECKING:
+    from engine.models.stepper import Stepper
+
+# Small enough that the stop flag is obeyed soon even on a large model, large enough for full speed.
+PREFILL_CHUNK = 128
+
+
+class DecoderBackend:
+    """Decoder, stepper and the methods that run on them."""
+
+    prefill_chunk = PREFILL_CHUNK
+
+    def __init__(self, decoder: Decoder, stepper: Stepper | None = None) -> None:
+        self.decoder = decoder
+        self.stepper = stepper or make_stepper(decoder)
+        self.kernel = self.stepper.name
+        self.context_length = decoder.config.context_length
+        self.factories = method_factories(self.stepper)
+
+    def methods(self) -> tuple[str, ...]:
+        return tuple(self.factories)
+
+    def method(self, name: str) -> DecodingMethod:
+        if name not in self.factories:
+            known = ", ".join(self.factories)
+            raise InvalidRequestError(f"There is no decoding method {name!r} for this model; choose one of {known}.")
+        return self.factories[name]()
+
+    def new_cache(self, capacity: int) -> KVCache:
+        return self.decoder.new_cache(capacity)
+
+    def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
+        self.decoder.prefill(ids, cache)
+
+    def close(self) -> None:
+        self.factories.clear()

@@ -1,0 +1,116 @@
+"""From a model's files to a :class:`Session`: format, device, weights, tokenizer, warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import UnsupportedModelError
+from engine.session import ModelInfo, Session
+from engine.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from engine.hub import Progress
+    from engine.models.decoder import Decoder
+
+
+def load_session(
+    name: str,
+    path: Path,
+    weight_format: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Session:
+    """Load the model at ``path`` (``.gguf`` or folder).
+
+    Raises:
+        ModelFileError, UnsupportedModelError, OutOfMemoryError.
+    """
+    report = _Reporter(on_progress)
+    report("load", 0.0, f"Loading {name}.")
+    tokenizer = load_tokenizer(path)
+    device = pick_device(device)
+    from engine.backend import DecoderBackend
+    from engine.models.loader import load_decoder
+
+    weight_format, notes = pick_format(path, weight_format, device)
+    decoder = load_decoder(path, weight_format, device, lambda share: report("load", share, f"Loading {name}."))
+    backend = DecoderBackend(decoder)
+    session = Session(backend, tokenizer, _info(name, decoder, backend, weight_format, notes), threads)
+    report("warm up", 0.0, "Warming up.")
+    session.warm_up()
+    report("ready", 1.0, f"{name} is ready.")
+    return session
+
+
+def pick_device(device: str) -> str:
+    """``auto`` becomes ``cuda`` where there is an NVIDIA GPU, else ``cpu``.
+
+    Raises:
+        UnsupportedModelError: a device that is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UnsupportedModelError("This machine has no usable NVIDIA GPU; choose the device cpu.")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise UnsupportedModelError(f"There is no device {device!r}; choose auto, cpu or cuda.") from error
+    return device
+
+
+def pick_format(path: Path, weight_format: str, device: str) -> tuple[str, tuple[str, ...]]:
+    """The weight format to load, and a note on why, if it was chosen here."""
+    if weight_format != "auto":
+        return weight_format, ()
+    return "int4", ()
+
+
+def _info(
+    name: str, decoder: Decoder, backend: object, weight_format: str, notes: tuple[str, ...]
+) -> ModelInfo:
+    config = decoder.config
+    return ModelInfo(
+        name=name,
+        architecture=config.model_type,
+        num_parameters=count_parameters(decoder),
+        weight_format=weight_format,
+        device=str(decoder.device),
+        context_length=config.context_length,
+        weight_bytes=decoder.weight_bytes,
+        kernel=backend.kernel,  # type: ignore[attr-defined]
+        methods=backend.methods(),  # type: ignore[attr-defined]
+        notes=notes,
+    )
+
+
+def count_parameters(decoder: Decoder) -> int:
+    """Parameters of the model, tied ones once."""
+    config = decoder.config
+    matrices = [m for layer in decoder.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    total = sum(m.in_features * m.out_features for m in matrices)
+    total += sum(m.out_features for m in matrices if m.bias is not None)
+    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    return total + config.num_layers * norms + config.hidden_size + embeddings
+
+
+class _Reporter:
+    """Builds the hub's progress objects, so that loading and downloading report alike."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] | None) -> None:
+        self._on_progress = on_progress
+
+    def __call__(self, stage: str, share: float, message: str) -> None:
+        if self._on_progress is None:
+            return
+        from engine.hub import Progress
+
+        self._on_progress(
+            Progress(stage=stage, done=share, total=1.0, seconds_left=None, stalled=False, message=message)
+        )

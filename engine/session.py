@@ -1,0 +1,178 @@
+"""One loaded model: what the app, the command line and the benchmarks talk to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from engine.context import check_length, fit_messages
+from engine.decoding.base import Backend, TokenSequence
+from engine.decoding.sampling import Sampler
+from engine.errors import InvalidRequestError
+from engine.generation import ENGINE_LOCK, Generation
+from engine.prefix import PrefixCaches
+from engine.requests import GenerationRequest, Message
+from engine.text_stream import TextStream
+from engine.threads import use_threads
+from engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.hub import Progress, ResolvedModel
+
+_ANSWER_HEADROOM = 512  # cache slots allocated ahead for an answer; more come by doubling
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is loaded, for people to read."""
+
+    name: str
+    architecture: str
+    num_parameters: int
+    weight_format: str
+    device: str
+    context_length: int
+    weight_bytes: int  # bytes of weights that one decoding step reads
+    kernel: str  # "fused", "torch" or "transformers"
+    methods: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Session:
+    """A model in memory, with its tokenizer and the key/value caches of recent chats.
+
+    Build one with :meth:`load`; the constructor takes the loaded parts (tests, tools).
+
+    Attributes:
+        info: what is loaded.
+        tokenizer: text <-> ids.
+        backend: the model at the token level.
+    """
+
+    def __init__(
+        self, backend: Backend, tokenizer: Tokenizer, info: ModelInfo, num_threads: int | None = None
+    ) -> None:
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.info = info
+        self.num_threads = num_threads
+        self._caches = PrefixCaches()
+        self._closed = threading.Event()
+
+    @classmethod
+    def load(
+        cls,
+        source: str,
+        weight_format: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Session:
+        """Fetch the model if need be, and load it.
+
+        Args:
+            source: a hub repository, a folder or a ``.gguf`` file.
+            weight_format: a name of ``WEIGHT_FORMATS``, or ``auto`` for the fastest that fits.
+            device: ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``.
+            threads: CPU threads; None for torch's choice.
+
+        Raises:
+            DownloadError, ModelFileError, UnsupportedModelError, OutOfMemoryError.
+        """
+        from engine.hub import resolve
+        from engine.loading import load_session
+
+        if threads is not None and threads < 1:
+            raise InvalidRequestError(f"The number of threads must be at least 1, not {threads}.")
+        model: ResolvedModel = resolve(source, on_progress)
+        return load_session(model.name, Path(model.path), weight_format, device, threads, on_progress)
+
+    def methods(self) -> tuple[str, ...]:
+        """Decoding methods that this model can use; the first is the default."""
+        return self.backend.methods()
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of ``text``, without any chat template."""
+        return len(self.tokenizer.encode(text))
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat, ready for the model's answer; nothing is left out."""
+        return self.tokenizer.encode_chat(messages)
+
+    def stream_generate(self, request: GenerationRequest, reuse_prefix: bool = True) -> Generation:
+        """Prepare an answer; iterate over the returned :class:`Generation` to compute it.
+
+        Args:
+            reuse_prefix: take over the cache of an earlier chat with the same beginning. Benchmarks
+                and comparisons switch it off, so that every lane reads its whole prompt.
+
+        Raises:
+            InvalidRequestError: the prompt is longer than the context, or the method unknown.
+            OutOfMemoryError: there is no memory for the cache.
+        """
+        if self._closed.is_set():
+            raise InvalidRequestError("This model has been unloaded; load it again.")
+        started = perf_counter()
+        context_length = self.backend.context_length
+        notices: tuple[str, ...] = ()
+        if request.messages is not None:
+            fitted = fit_messages(
+                request.messages, self.tokenizer.encode_chat, context_length, request.max_new_tokens
+            )
+            ids, notices = fitted.ids, fitted.notices
+        else:
+            ids = self._checked_ids(request.prompt_ids or ())
+        check_length(len(ids), context_length)
+        cache = self._caches.take(ids) if reuse_prefix else None
+        if cache is None:
+            room = len(ids) + min(request.max_new_tokens, _ANSWER_HEADROOM)
+            cache = self.backend.new_cache(min(room, context_length))
+        sequence = TokenSequence(ids, cache, Sampler(request.sampling), len(ids))
+        text = TextStream(self.tokenizer.token_bytes, request.stop, self.tokenizer.strips_space)
+        return Generation(
+            self.backend,
+            request,
+            sequence,
+            text,
+            self.tokenizer.eos_ids,
+            notices=notices,
+            prepare_seconds=perf_counter() - started,
+            num_threads=self.num_threads,
+            on_finish=self._keep if reuse_prefix else None,
+        )
+
+    def warm_up(self) -> None:
+        """Compute a few tokens, so that the first answer does not pay for thread pools and compilation."""
+        cache: Any = self.backend.new_cache(16)
+        token = next(iter(self.tokenizer.eos_ids), 0)
+        sequence = TokenSequence([token] * 4, cache, Sampler(GenerationRequest(prompt_ids=(0,)).sampling), 4)
+        with ENGINE_LOCK, use_threads(self.num_threads):
+            self.backend.prefill(sequence.ids[:-1], cache)
+            method = self.backend.method(self.methods()[0])
+            method.start(sequence)
+            method.step(1)
+            method.step(1)
+
+    def close(self) -> None:
+        """Forget the caches and the weights. Running generations end by themselves."""
+        self._closed.set()
+        self._caches.clear()
+        self.backend.close()
+
+    def _keep(self, generation: Generation) -> None:
+        if not self._closed.is_set():
+            sequence = generation.sequence
+            self._caches.keep(sequence.ids[: sequence.num_prompt_tokens], sequence.cache)
+
+    def _checked_ids(self, prompt_ids: Sequence[int]) -> list[int]:
+        ids = [int(index) for index in prompt_ids]
+        size = self.tokenizer.vocab_size
+        if wrong := next((index for index in ids if not 0 <= index < size), None):
+            raise InvalidRequestError(f"The token id {wrong} is not in the vocabulary of {size} tokens.")
+        return ids
+
+

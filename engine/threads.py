@@ -1,0 +1,21 @@
+"""The number of CPU threads that a computation uses, per calling thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def use_threads(num_threads: int | None) -> Iterator[None]:
+    """Compute without autograd, on ``num_threads`` CPU threads (None: torch's own choice).
+
+    OpenMP keeps its thread count per calling thread, and the app calls from a pool of them, so the
+    count is set where the work is done.
+    """
+    import torch
+
+    if num_threads is not None and torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
+    with torch.inference_mode():
+        yield
