@@ -1,0 +1,167 @@
+"""Sampling: each filter against a slow oracle, distributions by chi-square, seeds, bad values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.decoding.sampling import Sampler
+from engine.errors import InvalidRequestError, SlipstreamError
+from engine.requests import SamplingParams
+
+
+def reference(logits: torch.Tensor, history: list[int], params: SamplingParams) -> list[float]:
+    """The documented order, on Python floats with full sorts."""
+    scores = logits.double().tolist()
+    for token in set(history):
+        penalty = params.repetition_penalty
+        scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+    top = max(scores)
+    weights = [math.exp((score - top) / params.temperature) for score in scores]
+    order = sorted(range(len(weights)), key=lambda token: -weights[token])
+    if params.top_k:
+        order = order[: params.top_k]
+    total = sum(weights[token] for token in order)
+    kept, mass = [], 0.0
+    for token in order:
+        if mass >= params.top_p:
+            break
+        kept.append(token)
+        mass += weights[token] / total
+    kept = [token for token in kept if weights[token] >= params.min_p * weights[kept[0]]]
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(weights))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([5, 40, 700, 5000]),
+    temperature=st.floats(0.1, 3),
+    top_k=st.sampled_from([0, 1, 3, 50, 10_000]),
+    top_p=st.sampled_from([1.0, 0.95, 0.5, 0.01]),
+    min_p=st.sampled_from([0.0, 0.05, 0.9]),
+    penalty=st.sampled_from([1.0, 1.3, 0.7]),
+)
+def test_probabilities_equal_the_slow_reference(seed, size, temperature, top_k, top_p, min_p, penalty):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(size, generator=generator, dtype=torch.float64) * 3
+    history = torch.randint(size, (7,), generator=generator).tolist()
+    params = SamplingParams(temperature, top_k, top_p, min_p, penalty)
+    got = Sampler(params).probabilities(logits, history)
+    expected = torch.tensor(reference(logits, history, params), dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_top_p_beyond_the_first_candidates():
+    """A flat distribution needs more candidates than the first partial sort gives."""
+    logits = torch.linspace(0.0, 0.01, 20_000)
+    kept = int((Sampler(SamplingParams(1.0, top_p=0.9)).probabilities(logits, []) > 0).sum())
+    assert 17_900 < kept < 18_050
+
+
+def test_settings_at_their_defaults_leave_the_softmax():
+    logits = torch.randn(100)
+    got = Sampler(SamplingParams(temperature=1.0)).probabilities(logits, [1, 2])
+    torch.testing.assert_close(got, logits.softmax(0))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(1.0), SamplingParams(0.7, top_k=5), SamplingParams(1.5, top_p=0.8), SamplingParams(1.0, min_p=0.2)],
+)
+def test_samples_follow_the_distribution(params: SamplingParams):
+    """Chi-square at the 1e-4 level (seeded, so it either always passes or always fails)."""
+    draws, size = 4000, 8
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(3)) * 1.5
+    sampler = Sampler(SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, seed=1))
+    expected = sampler.probabilities(logits, [])
+    counts = torch.zeros(size)
+    for _ in range(draws):
+        counts[sampler.choose(logits, [])] += 1
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    chi_square = ((counts - draws * expected)[possible] ** 2 / (draws * expected[possible])).sum()
+    assert chi_square < 30.0  # 99.99 % quantile for 7 degrees of freedom: 29.9
+
+
+def test_a_seed_repeats_and_another_does_not():
+    logits = torch.randn(300)
+
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(1.0, seed=seed))
+        return [sampler.choose(logits, []) for _ in range(30)]
+
+    assert draw(5) == draw(5)
+    assert draw(5) != draw(6)
+    assert draw(None) != draw(None)
+    assert draw(-1) == draw(-1)
+
+
+def test_one_random_number_per_token_whatever_the_filters():
+    """The documented stream: token n of any settings uses uniform number n."""
+    first, second = Sampler(SamplingParams(1.0, seed=9)), Sampler(SamplingParams(0.5, top_k=2, seed=9))
+    logits = torch.randn(50)
+    for _ in range(5):
+        first.choose(logits, [])
+        second.choose(logits, [])
+    assert first.uniform() == second.uniform()
+
+
+def test_a_reported_seed_repeats_the_run():
+    logits = torch.randn(300)
+    unseeded = Sampler(SamplingParams(1.0))
+    tokens = [unseeded.choose(logits, []) for _ in range(20)]
+    again = Sampler(SamplingParams(1.0, seed=unseeded.seed))
+    assert [again.choose(logits, []) for _ in range(20)] == tokens
+
+
+def test_greedy_takes_the_lowest_id_of_a_tie():
+    logits = torch.zeros(1000)
+    logits[[700, 300, 999]] = 2.0
+    sampler = Sampler(SamplingParams())
+    assert sampler.choose(logits, []) == 300
+    assert sampler.probabilities(logits, []).nonzero().flatten().tolist() == [300]
+
+
+def test_greedy_heeds_the_repetition_penalty():
+    logits = torch.tensor([1.0, 3.0, 2.9, -1.0])
+    assert Sampler(SamplingParams(repetition_penalty=1.2)).choose(logits, [1]) == 2
+    assert logits.tolist() == pytest.approx([1.0, 3.0, 2.9, -1.0])  # the caller's logits are left alone
+
+
+def test_tiny_temperature_is_greedy():
+    logits = torch.randn(100)
+    assert Sampler(SamplingParams(1e-30, seed=0)).choose(logits, []) == int(logits.argmax())
+
+
+def test_sample_never_takes_an_impossible_token():
+    sampler = Sampler(SamplingParams(1.0, seed=0))
+    weights = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0])
+    assert {sampler.sample(weights) for _ in range(200)} == {1, 3}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_are_a_sentence(temperature: float):
+    with pytest.raises(SlipstreamError, match="not numbers"):
+        Sampler(SamplingParams(temperature)).choose(torch.full((10,), float("nan")), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "hot"),
+        ("temperature", True), ("temperature", None), ("top_k", -1), ("top_k", 2.5), ("top_p", 0.0), ("top_p", 1.01),
+        ("top_p", float("nan")), ("min_p", -0.01), ("min_p", 1.5), ("repetition_penalty", 0.0),
+        ("repetition_penalty", -2.0), ("repetition_penalty", float("inf")), ("seed", 1.5), ("seed", True),
+    ],
+)  # fmt: skip
+def test_invalid_settings_are_one_sentence(name: str, value: object):
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**{name: value})
+    message = str(caught.value)
+    assert name in message and message.endswith(".") and "\n" not in message
