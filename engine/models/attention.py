@@ -1,0 +1,95 @@
+"""Batch-invariant attention in plain torch.
+
+Rows must not depend on which other rows share the batch (a verified draft must equal plain decoding
+bit for bit), and ``scaled_dot_product_attention`` does not promise that on CPU. Written as one
+independent problem per (row, KV head) with keys padded to a multiple of 16, ``bmm`` does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PREFILL_ROWS = 32  # from this many rows on, whole-matrix attention: prefill, where speed comes first
+PREFILL_BLOCK = 64  # rows of one attention problem in a prefill, at positions 64 n .. 64 n + 63
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Causal grouped-query attention by position.
+
+    Args:
+        q: ``[B, T, Hq, hd]``; row ``t`` sees key slots ``<= positions[t]``.
+        k, v: ``[B, Hkv, S, hd]``, slot ``s`` holds position ``s``.
+        positions: ``[B, T]``.
+        window: sliding window in positions, the row itself included; None for full attention.
+
+    Returns:
+        ``[B, T, Hq * hd]``.
+    """
+    slots = torch.arange(k.shape[2], device=k.device)
+    visible = slots <= positions[..., None]  # [B, T, S]
+    if window is not None:
+        visible &= slots > positions[..., None] - window
+    return attend_masked(q, k, v, visible)
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """As :func:`attend`, with ``visible`` ``[B, T, S]`` given."""
+    batch, rows, q_heads, head_dim = q.shape
+    kv_heads, slots = k.shape[1], k.shape[2]
+    group = q_heads // kv_heads
+    scale = head_dim**-0.5
+    if rows >= PREFILL_ROWS or q.device.type != "cpu":
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, attn_mask=visible[:, None], scale=scale, enable_gqa=group > 1
+        )
+        return out.transpose(1, 2).reshape(batch, rows, q_heads * head_dim)
+    # One problem per (batch, row, kv head): [B*T*Hkv, group, hd] x [B*T*Hkv, hd, S]
+    problems = batch * rows * kv_heads
+    queries = q.view(batch, rows, kv_heads, group, head_dim).reshape(problems, group, head_dim)
+    keys = k[:, None].expand(batch, rows, kv_heads, slots, head_dim).reshape(problems, slots, head_dim)
+    values = v[:, None].expand(batch, rows, kv_heads, slots, head_dim).reshape(problems, slots, head_dim)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).to(_softmax_dtype(q.dtype)) * scale
+    hidden = ~visible[:, :, None, None].expand(batch, rows, kv_heads, 1, slots).reshape(problems, 1, slots)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).to(q.dtype)
+    return torch.bmm(weights, values).view(batch, rows, q_heads * head_dim)
+
+
+def attend_prefill(q: Tensor, k: Tensor, v: Tensor, first: int, window: int | None) -> Tensor:
+    """As :func:`attend` for one sequence, rows at positions ``first ..``, in aligned blocks.
+
+    Each block of 64 positions is one problem of a fixed shape, padded where the rows at hand cover only
+    a part of it, so a row's result does not depend on how the prompt was cut into chunks. The cache must
+    have room for whole blocks.
+
+    Args:
+        q: ``[1, T, Hq, hd]``.
+        k, v: ``[1, Hkv, S, hd]``.
+
+    Returns:
+        ``[1, T, Hq * hd]``.
+    """
+    rows, size = q.shape[1], PREFILL_BLOCK
+    out = torch.empty_like(q)
+    for begin in range(first - first % size, first + rows, size):
+        low, high = max(begin, first), min(begin + size, first + rows)
+        block = q[:, low - first : high - first]
+        if high - low < size:
+            padded = q.new_zeros(1, size, *q.shape[2:])
+            padded[:, low - begin : high - begin] = block
+            block = padded
+        end = min(begin + size, k.shape[2])
+        positions = torch.arange(begin, begin + size)[:, None]
+        visible = torch.arange(end) <= positions
+        if window is not None:
+            visible &= torch.arange(end) > positions - window
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            block.transpose(1, 2), k[:, :, :end], v[:, :, :end], attn_mask=visible,
+            scale=q.shape[3] ** -0.5, enable_gqa=q.shape[2] != k.shape[1],
+        )  # fmt: skip
+        out[:, low - first : high - first] = mixed.transpose(1, 2)[:, low - begin : high - begin]
+    return out.flatten(2)
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

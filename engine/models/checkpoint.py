@@ -1,0 +1,136 @@
+"""Weights on disk under one interface: HF safetensors folders and GGUF files. Pickles are never loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.errors import ModelFileError
+from engine.models.config import ModelConfig
+from engine.quantization.base import GroupQuantized
+
+
+class Checkpoint(Protocol):
+    """Tensors under their HF names (``model.layers.0.self_attn.q_proj.weight`` and so on)."""
+
+    config: ModelConfig
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as stored, or float32 if it is stored quantized."""
+
+    def groups(self, name: str) -> GroupQuantized | None:
+        """The matrix as 4-bit groups, if it is stored so and converts code by code."""
+
+
+class SafetensorsCheckpoint:
+    """A folder with ``config.json`` and ``*.safetensors``, sharded or not.
+
+    Raises:
+        ModelFileError: a file is missing, truncated or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from engine.models.families import config_from_hf
+
+        self.folder = folder
+        try:
+            raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelFileError(f"{folder} has no config.json; choose a folder that holds a model.") from None
+        except (ValueError, OSError) as error:
+            raise ModelFileError(f"{folder / 'config.json'} cannot be read; download the model again.") from error
+        self.config = config_from_hf(raw)
+        self._where: dict[str, Path] = {}
+        self._open: dict[Path, object] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            reason = "only pickled weights, which are never loaded" if list(folder.glob("*.bin")) else "no weights"
+            raise ModelFileError(f"{folder.name} holds {reason}; choose a model with .safetensors files.")
+        for file in files:
+            for name in self._handle(file).keys():  # type: ignore[attr-defined]
+                self._where[name] = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._where:
+            raise ModelFileError(f"{self.folder.name} lacks the weight {name}; download the model again.")
+        return self._handle(self._where[name]).get_tensor(name)  # type: ignore[attr-defined]
+
+    def groups(self, name: str) -> GroupQuantized | None:
+        return None
+
+    def _handle(self, file: Path) -> object:
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(str(file), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelFileError(f"{file.name} is damaged or incomplete; download the model again.") from error
+        return self._open[file]
+
+
+class GgufCheckpoint:
+    """A ``.gguf`` file.
+
+    Raises:
+        ModelFileError: the file is missing, not a GGUF, or truncated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from engine.models import gguf_file
+
+        self.file = gguf_file.GgufFile(path)
+        self.config = gguf_file.config_from_gguf(self.file)
+        names = gguf_file.hf_names(self.config.num_layers)
+        self._names = {hf: name for hf, name in names.items() if name in self.file.tensors}
+        # llama.cpp stores llama's q and k with rotary pairs interleaved; HF keeps the two halves apart.
+        self._interleaved = self.config.model_type in ("llama", "mistral")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise ModelFileError(f"{self.file.path.name} lacks the weight {name}; download the model again.")
+        return self._unpermute(name, self.file.dequantize(self._names[name]))
+
+    def groups(self, name: str) -> GroupQuantized | None:
+        groups = self.file.groups(self._names[name])
+        if groups is None:
+            return None
+        return GroupQuantized(
+            self._unpermute(name, groups.codes),
+            self._unpermute(name, groups.scale),
+            self._unpermute(name, groups.minimum),
+        )
+
+    def _unpermute(self, name: str, weight: Tensor) -> Tensor:
+        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
+        for part, count in heads.items():
+            if self._interleaved and f".{part}." in name:
+                rows = weight.shape[0]
+                pairs = weight.view(count, rows // count // 2, 2, *weight.shape[1:])
+                return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+        return weight
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a ``.gguf`` file or an HF folder."""
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    if path.suffix.lower() == ".gguf":
+        return GgufCheckpoint(path)
+    if not path.exists():
+        raise ModelFileError(f"{path} does not exist; check the path.")
+    raise ModelFileError(f"{path.name} is no model file; choose a .gguf file or a folder with config.json.")
+
+

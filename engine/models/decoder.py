@@ -1,0 +1,172 @@
+"""The decoder layer loop in torch: any device, any weight format.
+
+It is the reference that faster kernels are tested against, and the prefill path. Layer ranges can be
+run separately on several rows, which is what self-speculation needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.models.attention import attend, attend_prefill
+from engine.models.config import ModelConfig
+from engine.models.kv_cache import KVCache
+from engine.models.rope import RopeTable, rotate
+from engine.quantization.base import Linear
+
+PREFILL_CHUNK = 256  # prompt tokens between two looks at the stop flag
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. ``qkv`` and ``gate_up`` are fused along the outputs."""
+
+    attn_norm: Tensor  # [D]
+    qkv: Linear  # [(Hq + 2 Hkv) hd, D]
+    o: Linear  # [D, Hq hd]
+    mlp_norm: Tensor  # [D]
+    gate_up: Linear  # [2 F, D]
+    down: Linear  # [D, F]
+    q_norm: Tensor | None = None  # [hd]
+    k_norm: Tensor | None = None  # [hd]
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """All weights of a dense decoder. ``embedding`` is ``[V, D]``, or the tied head itself."""
+
+    embedding: Tensor | Linear
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor  # [D]
+    lm_head: Linear  # [V, D]
+
+
+class Decoder:
+    """A dense decoder-only transformer of the llama lineage."""
+
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.layers = weights.layers
+        self.dtype = dtype
+        self.device = device
+        self.rope = RopeTable(config, device)
+
+    def new_cache(self, capacity: int = 512, batch: int = 1) -> KVCache:
+        """An empty KV cache in this decoder's dtype, on its device."""
+        return KVCache(self.config, capacity, batch, self.dtype, self.device)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """``ids [B, T] -> [B, T, D]``."""
+        table = self.weights.embedding
+        assert isinstance(table, Tensor)
+        return F.embedding(ids.to(table.device), table).to(device=self.device, dtype=self.dtype)
+
+    def run_layers(
+        self, hidden: Tensor, positions: Tensor, cache: KVCache, first: int, last: int, start: int | None = None
+    ) -> Tensor:
+        """Layers ``first .. last - 1`` on ``hidden [B, T, D]`` at ``positions [B, T]``.
+
+        Keys and values are written into the cache at ``positions`` (ensure room first); each row sees
+        the slots up to its own position. ``cache.length`` is left alone: the caller decides what counts.
+        A prefill of one sequence from position ``start`` on says so, and gets attention that does not
+        depend on how the prompt is cut into chunks.
+        """
+        num_slots = min(cache.capacity, -(-(int(positions.max()) + 1) // 16) * 16)
+        self.rope.ensure(num_slots)
+        cos, sin = self.rope.rows(positions)
+        for index in range(first, last):
+            hidden = self._layer(index, hidden, positions, cos, sin, cache, num_slots, start)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head: ``[..., D] -> [..., V]`` float32 (float64 for a float64 model)."""
+        logits = self.weights.lm_head(self.final_state(hidden))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def final_state(self, hidden: Tensor) -> Tensor:
+        """The normalised state that feeds the LM head, ``[..., D]``."""
+        return rms_norm(hidden, self.weights.final_norm, self.config.norm_eps)
+
+    def prefill(
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        should_stop: Callable[[int], bool] | None = None,
+        chunk: int = PREFILL_CHUNK,
+    ) -> Tensor | None:
+        """Append ``ids`` to the cache in chunks and return the last row's state ``[1, D]`` (None if stopped).
+
+        ``should_stop`` is called after each chunk with the number of tokens done.
+        """
+        cache.ensure(cache.length + len(ids))
+        hidden = None
+        for begin in range(0, len(ids), chunk):
+            part = torch.tensor([list(ids[begin : begin + chunk])], device=self.device)
+            positions = torch.arange(cache.length, cache.length + part.shape[1], device=self.device)[None]
+            start = cache.length if self.device.type == "cpu" else None
+            hidden = self.run_layers(self.embed(part), positions, cache, 0, self.config.num_layers, start)
+            cache.length += part.shape[1]
+            if should_stop is not None and should_stop(begin + part.shape[1]):
+                return None
+        assert hidden is not None
+        return hidden[0, -1:]
+
+    def _layer(
+        self, index: int, hidden: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: KVCache,
+        slots: int, start: int | None,
+    ) -> Tensor:  # fmt: skip
+        layer, config = self.layers[index], self.config
+        q, k, v = self.project_qkv(index, rms_norm(hidden, layer.attn_norm, config.norm_eps), cos, sin)
+        write_cache(cache, index, positions, k, v)
+        keys, values, window = cache.keys[index], cache.values[index], config.sliding_window(index)
+        if start is None:
+            mixed = attend(q, keys[:, :, :slots], values[:, :, :slots], positions, window)
+        else:
+            mixed = attend_prefill(q, keys, values, start, window)
+        hidden = hidden + layer.o(mixed)
+        return hidden + self.mlp(index, rms_norm(hidden, layer.mlp_norm, config.norm_eps))
+
+    def project_qkv(self, index: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed ``x [B, T, D]`` -> rotated q ``[B, T, Hq, hd]``, rotated k and plain v ``[B, T, Hkv, hd]``."""
+        layer, config = self.layers[index], self.config
+        heads = layer.qkv(x).view(*x.shape[:-1], -1, config.head_dim)
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def mlp(self, index: int, x: Tensor) -> Tensor:
+        """SwiGLU on normed ``x [..., D]``."""
+        layer = self.layers[index]
+        gate, up = layer.gate_up(x).chunk(2, dim=-1)
+        return layer.down(F.silu(gate) * up)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decoding step reads (the embedding table is only looked up)."""
+        linears = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        return sum(m.nbytes for m in linears) + self.weights.lm_head.nbytes
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, computed in float32 (float64 stays float64)."""
+    if x.is_cuda:  # one fused kernel there; on CPU torch runs the same dozen operations as below
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return weight.to(x.dtype) * wide.to(x.dtype)
+
+
+def write_cache(cache: KVCache, index: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write k, v ``[B, T, Hkv, hd]`` into layer ``index`` at ``positions [B, T]``."""
+    batch = torch.arange(positions.shape[0], device=positions.device)[:, None]
+    cache.keys[index][batch, :, positions] = k.to(cache.keys[index].dtype)
+    cache.values[index][batch, :, positions] = v.to(cache.values[index].dtype)

@@ -1,0 +1,63 @@
+"""The small interface behind which all weight formats lie."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Linear(ABC):
+    """A packed weight matrix ``W [N, K]`` with an optional bias ``[N]``: ``y = x W^T + b``."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [..., K] -> [..., N]`` in the dtype of ``x``."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that one use of the matrix reads."""
+
+    @abstractmethod
+    def dequantize(self) -> Tensor:
+        """The weights as float32 ``[N, K]``, for tests and tools."""
+
+
+@dataclass(frozen=True)
+class GroupQuantized:
+    """Unpacked 4-bit codes as some files hold them: ``w = scale * code + minimum`` per group of inputs."""
+
+    codes: Tensor  # uint8 [N, K], values 0..15
+    scale: Tensor  # float32 [N, K / group_size]
+    minimum: Tensor  # float32 [N, K / group_size]
+    group_size: int = 32
+
+    def dequantize(self) -> Tensor:
+        """float32 ``[N, K]``."""
+        rows, columns = self.codes.shape
+        groups = self.codes.view(rows, columns // self.group_size, self.group_size).float()
+        return (groups * self.scale[..., None] + self.minimum[..., None]).view(rows, columns)
+
+
+class WeightFormat(Protocol):
+    """Packs float weights into one format on one device."""
+
+    name: str
+    activation_dtype: torch.dtype
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this format cannot run on ``device``, as a sentence; None if it can."""
+
+    def pack(self, weight: Tensor | GroupQuantized, bias: Tensor | None, device: torch.device) -> Linear:
+        """Pack ``weight [N, K]``."""
+
+    def bytes_per_weight(self) -> float:
+        """Memory per weight, scales included."""

@@ -1,0 +1,108 @@
+"""int4 weights in groups of 32 inputs, through torch's packed kernels (CPU, and tinygemm on CUDA).
+
+The format is asymmetric, ``w = (q - 8) * scale + zero`` with ``scale`` and ``zero`` in bf16 per group
+and output, so GGUF's Q4_0, Q4_1 and Q4_K map onto it code by code: ``w = d * q + m`` becomes
+``scale = d, zero = m + 8 d``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.quantization.base import GroupQuantized, Linear
+
+GROUP_SIZE = 32
+_INNER_K_TILES = 8  # tinygemm's own blocking parameter on CUDA
+
+
+class Int4Linear(Linear):
+    """``packed`` codes in the device's own tile order and ``scales_and_zeros bf16 [K / 32, N, 2]``."""
+
+    group_size = GROUP_SIZE
+
+    def __init__(
+        self,
+        packed: Tensor,
+        scales_and_zeros: Tensor,
+        in_features: int,
+        out_features: int,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.packed = packed
+        self.scales_and_zeros = scales_and_zeros
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        multiply = torch._weight_int4pack_mm_for_cpu if rows.device.type == "cpu" else torch._weight_int4pack_mm
+        out = multiply(rows, self.packed, GROUP_SIZE, self.scales_and_zeros)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales_and_zeros.nbytes
+
+    def dequantize(self) -> Tensor:
+        # Multiplying the identity by the matrix reads the weights in whatever order they are packed.
+        identity = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
+        bias, self.bias = self.bias, None
+        try:
+            return self(identity).float().T.contiguous()
+        finally:
+            self.bias = bias
+
+
+def quantize_groups(weight: Tensor) -> GroupQuantized:
+    """Round ``weight [N, K]`` to 4 bits per group of 32 inputs, minimum and maximum kept.
+
+    The scale and the middle are rounded to bf16 first, and the codes fitted to the rounded values.
+    """
+    rows, columns = weight.shape
+    groups = weight.float().view(rows, columns // GROUP_SIZE, GROUP_SIZE)
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    scale = ((high - low) / 15).clamp(min=1e-8).bfloat16().float()
+    zero = (low + 8 * scale).bfloat16().float()
+    codes = ((groups - zero[..., None]) / scale[..., None] + 8).round().clamp(0, 15)
+    return GroupQuantized(codes.to(torch.uint8).view(rows, columns), scale, zero - 8 * scale)
+
+
+class Int4Format:
+    """Four bits and a bf16 scale and zero per 32 weights: five bits per weight."""
+
+    name = "int4"
+    activation_dtype = torch.bfloat16
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type == "cpu":
+            return None if hasattr(torch, "_weight_int4pack_mm_for_cpu") else "this torch has no int4 CPU kernel."
+        if device.type == "cuda":
+            if torch.cuda.get_device_capability(device) < (8, 0):
+                return "torch's int4 kernel needs an NVIDIA GPU of compute capability 8.0 or newer."
+            return None
+        return f"torch has no int4 kernel for {device.type}."
+
+    def pack(self, weight: Tensor | GroupQuantized, bias: Tensor | None, device: torch.device) -> Linear:
+        if not isinstance(weight, GroupQuantized):
+            weight = quantize_groups(weight)
+        zero = weight.minimum + 8 * weight.scale
+        # [N, K/32] twice -> [K/32, N, 2]
+        scales_and_zeros = torch.stack((weight.scale, zero), dim=-1).transpose(0, 1).contiguous().bfloat16()
+        out_features, in_features = weight.codes.shape
+        if device.type == "cpu":
+            packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+        else:
+            codes = weight.codes.to(device)
+            # tinygemm takes two codes a byte, the even column in the high half
+            pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+            packed = torch._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
+            scales_and_zeros = scales_and_zeros.to(device)
+        bias = None if bias is None else bias.to(device=device, dtype=torch.bfloat16)
+        return Int4Linear(packed, scales_and_zeros, in_features, out_features, bias)
+
+    def bytes_per_weight(self) -> float:
+        return 0.5 + 4 / GROUP_SIZE

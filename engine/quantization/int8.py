@@ -1,0 +1,57 @@
+"""int8 weights with one scale per output row, through torch's packed kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.quantization.base import GroupQuantized, Linear
+
+
+class Int8Linear(Linear):
+    """``weight int8 [N, K]`` and ``scales bf16 [N]``: ``w = weight * scale``. Activations are bf16."""
+
+    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+        self.weight = weight
+        self.scales = scales
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        out = torch._weight_int8pack_mm(rows, self.weight, self.scales)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scales.nbytes
+
+    def dequantize(self) -> Tensor:
+        return self.weight.float() * self.scales.float()[:, None]
+
+
+class Int8Format:
+    """Symmetric, round to nearest, per output row."""
+
+    name = "int8"
+    activation_dtype = torch.bfloat16
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type not in ("cpu", "cuda"):
+            return f"torch has no int8 kernel for {device.type}."
+        return None
+
+    def pack(self, weight: Tensor | GroupQuantized, bias: Tensor | None, device: torch.device) -> Linear:
+        if isinstance(weight, GroupQuantized):
+            weight = weight.dequantize()
+        weight = weight.float()
+        # The scale is rounded to bf16 first, so that the codes are fitted to the scale that is used.
+        scales = (weight.abs().amax(dim=1) / 127).clamp(min=1e-8).to(torch.bfloat16)
+        codes = (weight / scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        bias = None if bias is None else bias.to(device=device, dtype=torch.bfloat16)
+        return Int8Linear(codes.to(device).contiguous(), scales.to(device), bias)
+
+    def bytes_per_weight(self) -> float:
+        return 1.0

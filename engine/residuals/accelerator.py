@@ -1,0 +1,158 @@
+"""The accelerated residual stream: small trained adapters on the base model's own layers.
+
+M2R2 (arXiv 2502.02040) runs an accelerated stream ``p`` beside the slow stream ``h``: the same layer
+weights, low-rank accelerator adapters, and the slow stream's KV cache. The paper's public abstract
+does not fix more than that; every detail below is our choice:
+
+* ``p`` starts from the token's embedding plus a learned map of a *condition*: the final state of the
+  previous token where it is verified, else the stream's own exit state of the previous draft.
+* It first reads the attention (not the MLP) of a few deep ``readers`` layers, whose keys exist for
+  verified tokens only: a row drafted ``j`` steps ahead sees the slots up to its position minus ``1 + j``.
+* Then it travels layers ``0 .. depth - 1``, which the slow rows of the same tokens run in the same
+  batch, so that their keys are complete.
+* The exit joins ``p`` and the condition in one matrix, then the model's final norm; the LM head, cut
+  to a draft vocabulary, gives the draft distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.models.config import ModelConfig
+from engine.models.decoder import Decoder, rms_norm
+from engine.models.rope import rotate
+
+
+@dataclass(frozen=True)
+class AcceleratorConfig:
+    """What an accelerator looks like.
+
+    Attributes:
+        depth: layers that draft and slow rows share, ``0 .. depth - 1``; verification starts there.
+        readers: deep base layers whose attention the stream reads before layer 0, in order.
+        rank: rank of every adapter; 0 for none.
+        conditioned: start and exit see the previous token's final (or exit) state.
+        draft_vocab_size: how many of the most frequent tokens can be drafted.
+    """
+
+    depth: int = 4
+    readers: tuple[int, ...] = ()
+    rank: int = 64
+    conditioned: bool = True
+    draft_vocab_size: int = 8192
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """Base layers in the order the stream runs them: readers, then the shared layers."""
+        return (*self.readers, *range(self.depth))
+
+
+class LowRank(nn.Module):
+    """``x [..., K] -> [..., N]`` through a bottleneck of ``rank``; starts as zero."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, in_features) * in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros(out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+class LayerAdapters(nn.Module):
+    """The adapters of one layer on the path, in parallel with the base matrices."""
+
+    def __init__(self, config: ModelConfig, rank: int, attention_only: bool) -> None:
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+        self.q = LowRank(hidden, heads, rank)
+        self.o = LowRank(heads, hidden, rank)
+        if attention_only:
+            return
+        self.gate_up = LowRank(hidden, 2 * config.intermediate_size, rank)
+        self.down = LowRank(config.intermediate_size, hidden, rank)
+
+
+class Accelerator(nn.Module):
+    """All trained parameters of one accelerated stream, kept in float32.
+
+    Attributes:
+        draft_vocab: ``int64 [Vd]``, ascending token ids that can be drafted.
+    """
+
+    draft_vocab: Tensor
+
+    def __init__(self, config: AcceleratorConfig, model: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+        hidden = model.hidden_size
+        self.layers = nn.ModuleList(
+            LayerAdapters(model, config.rank, step < len(config.readers)) if config.rank else nn.Identity()
+            for step in range(len(config.path))
+        )
+        self.start = nn.Parameter(torch.zeros(hidden, hidden)) if config.conditioned else None
+        # [D, 2 D]: the stream's own state, then the condition
+        width = 2 * hidden if config.conditioned else hidden
+        self.exit = nn.Parameter(torch.eye(hidden, width))
+        self.register_buffer("draft_vocab", torch.arange(min(config.draft_vocab_size, model.vocab_size)))
+
+    def begin(self, embedded: Tensor, condition: Tensor | None) -> Tensor:
+        """State before the first layer, ``[..., D]``."""
+        if self.start is None or condition is None:
+            return embedded
+        return embedded + F.linear(condition, self.start.to(embedded.dtype))
+
+    def finish(self, decoder: Decoder, state: Tensor, condition: Tensor | None) -> Tensor:
+        """Exit state ``[..., D]`` of unit RMS: what stands in for the model's own final state."""
+        if self.config.conditioned and condition is not None:
+            state = torch.cat((state, condition), dim=-1)
+        mapped = F.linear(state, self.exit.to(state.dtype))
+        return unit_rms(mapped, self.model.norm_eps)
+
+    def queries(self, decoder: Decoder, step: int, state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated queries ``[B, T, Hq, hd]`` of path step ``step``; keys and values are not projected."""
+        config, layer = self.model, decoder.layers[self.config.path[step]]
+        x = rms_norm(state, layer.attn_norm, config.norm_eps)
+        q = layer.qkv(x)[..., : config.num_heads * config.head_dim]
+        if self.config.rank:
+            q = q + self.layers[step].q(x)
+        q = q.view(*x.shape[:-1], config.num_heads, config.head_dim)
+        if layer.q_norm is not None:
+            q = rms_norm(q, layer.q_norm, config.norm_eps)
+        return rotate(q, cos, sin)
+
+    def mix(self, decoder: Decoder, step: int, state: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer after attention: output projection and MLP, with adapters."""
+        layer, adapters = decoder.layers[self.config.path[step]], self.layers[step]
+        ranked = self.config.rank > 0
+        out = layer.o(attended)
+        state = state + (out + adapters.o(attended) if ranked else out)
+        if step < len(self.config.readers):
+            return state
+        x = rms_norm(state, layer.mlp_norm, self.model.norm_eps)
+        gate_up = layer.gate_up(x)
+        if ranked:
+            gate_up = gate_up + adapters.gate_up(x)
+        gate, up = gate_up.chunk(2, dim=-1)
+        inner = F.silu(gate) * up
+        out = layer.down(inner)
+        return state + (out + adapters.down(inner) if ranked else out)
+
+    def draft_head(self, decoder: Decoder) -> Tensor:
+        """LM head rows of the draft vocabulary, the final norm's gain folded in: ``[Vd, D]``."""
+        rows = decoder.weights.lm_head.dequantize()[self.draft_vocab.to(decoder.device)]
+        return (rows * decoder.weights.final_norm).to(decoder.dtype)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def unit_rms(x: Tensor, eps: float) -> Tensor:
+    """RMSNorm without a gain: the form in which final and exit states condition the stream."""
+    return rms_norm(x, torch.ones((), device=x.device).expand(x.shape[-1]), eps)
