@@ -79,18 +79,13 @@ class Generation:
         Raises:
             OutOfMemoryError: there is no memory for a longer context.
         """
-        with self._busy:
-            if self._result is not None:
-                raise StopIteration
-            try:
-                return self._advance()
-            except StopIteration:
-                raise
-            except BaseException as error:
-                self._finish(FinishReason.CANCELLED)
-                if (sentence := _memory_sentence(error)) is not None:
-                    raise OutOfMemoryError(sentence) from error
-                raise
+        try:
+            with self._busy:
+                return self._guarded_advance()
+        finally:
+            # close() came from another thread while this round was computed: nobody may call again.
+            if self._cancelled.is_set():
+                self.close()
 
     @property
     def prefill_progress(self) -> tuple[int, int]:
@@ -127,6 +122,19 @@ class Generation:
             finally:
                 self._busy.release()
 
+    def _guarded_advance(self) -> Round:
+        if self._result is not None:
+            raise StopIteration
+        try:
+            return self._advance()
+        except StopIteration:
+            raise
+        except BaseException as error:
+            self._finish(FinishReason.CANCELLED)
+            if (sentence := _memory_sentence(error)) is not None:
+                raise OutOfMemoryError(sentence) from error
+            raise
+
     def _advance(self) -> Round:
         if not self._started:
             self._prefill()
@@ -151,9 +159,6 @@ class Generation:
         )  # fmt: skip
         if reason is not None:
             self._finish(reason)
-        elif self._cancelled.is_set():
-            # close() came from another thread while this round was computed: nobody will call again.
-            self._finish(FinishReason.CANCELLED)
         return round_
 
     def _prefill(self) -> None:
