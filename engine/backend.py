@@ -37,7 +37,9 @@ class DecoderBackend:
     def method(self, name: str) -> DecodingMethod:
         if name not in self.factories:
             known = ", ".join(self.factories)
-            raise InvalidRequestError(f"There is no decoding method {name!r} for this model; choose one of {known}.")
+            raise InvalidRequestError(
+                f"There is no decoding method {name!r} for this model; choose one of {known}."
+            )
         return self.factories[name]()
 
     def new_cache(self, capacity: int) -> KVCache:

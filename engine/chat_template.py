@@ -50,14 +50,14 @@ class ChatTemplate:
             raise ModelFileError("The model's chat template is broken; download the model again.") from error
         except jinja2.TemplateError as error:
             folded = _fold_system(messages)
-            if folded is None:
-                raise InvalidRequestError(f"The model's chat template refuses these messages: {error}") from error
             try:
-                return self._render(folded, add_generation_prompt)
+                if folded is not None:
+                    return self._render(folded, add_generation_prompt)
             except jinja2.TemplateError:
-                raise InvalidRequestError(
-                    f"The model's chat template refuses these messages: {error}"
-                ) from error
+                pass  # the first complaint is the one that fits what was asked
+            raise InvalidRequestError(
+                f"The model's chat template refuses these messages: {str(error).rstrip('.')}."
+            ) from error
 
     def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         return self._compiled.render(

@@ -55,7 +55,10 @@ def fit_messages(
     what = "oldest message was" if left_out == 1 else f"oldest {left_out} messages were"
     return FittedPrompt(
         best,
-        (f"The {what} left out, because the chat is longer than the model's context of {context_length} tokens.",),
+        (
+            f"The {what} left out, because the chat is longer than the model's context "
+            f"of {context_length} tokens.",
+        ),
     )
 
 

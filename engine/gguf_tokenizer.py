@@ -61,7 +61,7 @@ def tokenizer_from_metadata(meta: dict[str, Any], name: str) -> Tokenizer:
     elif kind == "llama":
         backend = _sentencepiece(meta, tokens)
     else:
-        raise UnsupportedModelError(f"{name} uses a {kind} tokenizer, which cannot be read; choose another model.")
+        raise UnsupportedModelError(f"{name} uses a {kind} tokenizer, which is not known here.")
     _add_special(backend, meta, tokens, kind == "gpt2")
 
     def token(role: str) -> int | None:
@@ -152,13 +152,10 @@ def _add_special(
     if types is None:
         return
     special = (_CONTROL,) if byte_level else (_CONTROL, _UNKNOWN)
+    typed = list(zip(tokens, types, strict=False))
     backend.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types, strict=False) if k in special]
+        [AddedToken(t, special=True, normalized=False) for t, k in typed if k in special]
     )
     backend.add_tokens(
-        [
-            AddedToken(t, special=False, normalized=False)
-            for t, k in zip(tokens, types, strict=False)
-            if k == _USER_DEFINED
-        ]
+        [AddedToken(t, special=False, normalized=False) for t, k in typed if k == _USER_DEFINED]
     )

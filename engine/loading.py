@@ -11,7 +11,7 @@ from engine.session import ModelInfo, Session
 from engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from engine.hub import Progress
+    from engine.progress import Progress
     from engine.models.decoder import Decoder
 
 
@@ -36,7 +36,9 @@ def load_session(
     from engine.models.loader import load_decoder
 
     weight_format, notes = pick_format(path, weight_format, device)
-    decoder = load_decoder(path, weight_format, device, lambda share: report("load", share, f"Loading {name}."))
+    decoder = load_decoder(
+        path, weight_format, device, lambda share: report("load", share, f"Loading {name}.")
+    )
     backend = DecoderBackend(decoder)
     session = Session(backend, tokenizer, _info(name, decoder, backend, weight_format, notes), threads)
     report("warm up", 0.0, "Warming up.")
@@ -109,7 +111,7 @@ class _Reporter:
     def __call__(self, stage: str, share: float, message: str) -> None:
         if self._on_progress is None:
             return
-        from engine.hub import Progress
+        from engine.progress import Progress
 
         self._on_progress(
             Progress(stage=stage, done=share, total=1.0, seconds_left=None, stalled=False, message=message)

@@ -21,7 +21,8 @@ from engine.threads import use_threads
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from engine.hub import Progress, ResolvedModel
+    from engine.hub import ResolvedModel
+    from engine.progress import Progress
 
 _ANSWER_HEADROOM = 512  # cache slots allocated ahead for an answer; more come by doubling
 
@@ -174,5 +175,3 @@ class Session:
         if wrong := next((index for index in ids if not 0 <= index < size), None):
             raise InvalidRequestError(f"The token id {wrong} is not in the vocabulary of {size} tokens.")
         return ids
-
-

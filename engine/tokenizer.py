@@ -166,7 +166,7 @@ def _from_folder(folder: Path) -> Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
-            raise ModelFileError(f"{file.name} of {folder.name} is damaged; download the model again.") from error
+            raise ModelFileError(f"{file.name} of {folder.name} is damaged; download it again.") from error
         backend.no_truncation()
         backend.no_padding()
     else:
@@ -191,7 +191,7 @@ def _through_transformers(folder: Path) -> tokenizers.Tokenizer:
 
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
     except Exception as error:  # missing files and missing converters raise all sorts
-        raise ModelFileError(f"{folder.name} holds no tokenizer that can be read; download it again.") from error
+        raise ModelFileError(f"{folder.name} holds no usable tokenizer; download it again.") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, OSError) as error:
-        raise ModelFileError(f"{file.name} of {file.parent.name} is damaged; download the model again.") from error
+        raise ModelFileError(f"{file.name} of {file.parent.name} is damaged; download it again.") from error
     return value if isinstance(value, dict) else {}
 
 
@@ -254,5 +254,3 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-

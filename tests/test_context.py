@@ -23,7 +23,8 @@ def text(ids: list[int]) -> str:
 def chat(turns: int, size: int = 8) -> list[Message]:
     messages = [SYSTEM]
     for turn in range(turns):
-        messages += [Message("user", f"u{turn}".ljust(size, ".")), Message("assistant", f"a{turn}".ljust(size, "."))]
+        messages.append(Message("user", f"u{turn}".ljust(size, ".")))
+        messages.append(Message("assistant", f"a{turn}".ljust(size, ".")))
     return [*messages, Message("user", "last")]
 
 
@@ -39,7 +40,8 @@ def test_oldest_turns_leave_first_and_the_user_is_told():
     assert kept.startswith("[ssssssssss][u1") and kept.endswith("[a3......][last]")
     assert len(fitted.ids) <= 80
     assert fitted.notices == (
-        "The oldest 2 messages were left out, because the chat is longer than the model's context of 100 tokens.",
+        "The oldest 2 messages were left out, because the chat is longer than the model's context "
+        "of 100 tokens.",
     )
 
 
@@ -65,7 +67,7 @@ def test_one_message_is_named_as_one():
 
 def test_a_last_message_longer_than_the_context_is_refused():
     for messages in ([Message("user", "x" * 100)], [*chat(2)[:-1], Message("user", "x" * 100)]):
-        with pytest.raises(InvalidRequestError, match=r"The prompt has \d+ tokens, but .* holds 90; shorten it\."):
+        with pytest.raises(InvalidRequestError, match=r"has \d+ tokens, but .* holds 90; shorten it\."):
             fit_messages(messages, encode, 90, 20)
 
 

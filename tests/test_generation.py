@@ -232,7 +232,9 @@ def test_an_error_frees_the_engine_and_ends_the_generation():
     assert list(generation) == []
 
 
-@pytest.mark.parametrize("raised", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize(
+    "raised", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
 def test_memory_errors_are_a_sentence(raised: Exception):
     backend = FakeBackend(["a"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ def first_completed(text: str, stops: list[str]) -> str:
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     borders = sorted({place % (len(data) + 1) for place in places} | {0, len(data)})
-    return [data[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(borders)]
 
 
 TEXT = st.text(alphabet="abcäß€😀 \n", max_size=40)
@@ -93,6 +95,8 @@ def test_longest_of_two_that_end_together_is_cut():
     assert stream([b"1 END"], ["D", " END"]) == (["1"], True)
 
 
-@pytest.mark.parametrize(("parts", "text"), [([b" Hi", b" you"], "Hi you"), ([b"", b"  x"], " x"), ([b"a", b" b"], "a b")])
+@pytest.mark.parametrize(
+    ("parts", "text"), [([b" Hi", b" you"], "Hi you"), ([b"", b"  x"], " x"), ([b"a", b" b"], "a b")]
+)
 def test_sentencepiece_loses_one_leading_space(parts, text):
     assert "".join(stream(parts, [], strip_space=True)[0]) == text

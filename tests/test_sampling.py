@@ -72,7 +72,12 @@ def test_settings_at_their_defaults_leave_the_softmax():
 
 @pytest.mark.parametrize(
     "params",
-    [SamplingParams(1.0), SamplingParams(0.7, top_k=5), SamplingParams(1.5, top_p=0.8), SamplingParams(1.0, min_p=0.2)],
+    [
+        SamplingParams(1.0),
+        SamplingParams(0.7, top_k=5),
+        SamplingParams(1.5, top_p=0.8),
+        SamplingParams(1.0, min_p=0.2),
+    ],
 )
 def test_samples_follow_the_distribution(params: SamplingParams):
     """Chi-square at the 1e-4 level (seeded, so it either always passes or always fails)."""
@@ -154,8 +159,9 @@ def test_broken_logits_are_a_sentence(temperature: float):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "hot"),
-        ("temperature", True), ("temperature", None), ("top_k", -1), ("top_k", 2.5), ("top_p", 0.0), ("top_p", 1.01),
+        ("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")),
+        ("temperature", "hot"), ("temperature", True), ("temperature", None),
+        ("top_k", -1), ("top_k", 2.5), ("top_p", 0.0), ("top_p", 1.01),
         ("top_p", float("nan")), ("min_p", -0.01), ("min_p", 1.5), ("repetition_penalty", 0.0),
         ("repetition_penalty", -2.0), ("repetition_penalty", float("inf")), ("seed", 1.5), ("seed", True),
     ],

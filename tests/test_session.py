@@ -68,7 +68,9 @@ def test_result_text_is_the_decoded_answer(session: Session):
     assert session.tokenizer.decode(result.token_ids).startswith(result.text)
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(1.0, seed=4), SamplingParams(0.8, top_p=0.9, seed=1)])
+@pytest.mark.parametrize(
+    "sampling", [SamplingParams(), SamplingParams(1.0, seed=4), SamplingParams(0.8, top_p=0.9, seed=1)]
+)
 def test_the_same_request_gives_the_same_answer(session: Session, sampling: SamplingParams):
     first, second = answer(session, sampling=sampling), answer(session, sampling=sampling)
     assert first.result.token_ids == second.result.token_ids
@@ -81,7 +83,9 @@ def prompt_keys(generation) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "int4"])
-def test_the_length_of_prefill_chunks_does_not_matter(folders, weight_format: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_length_of_prefill_chunks_does_not_matter(
+    folders: dict[str, Path], weight_format: str, monkeypatch: pytest.MonkeyPatch
+):
     session = load_session("tiny", folders["mistral"], weight_format, "cpu")
     outcomes = []
     for chunk in (1, 7, 64, 1000):
@@ -121,9 +125,8 @@ def test_regenerating_reads_one_token(session: Session):
 def test_interleaved_generations_are_independent(session: Session):
     other = [Message("user", "quite another question about 12 12")]
     alone = [answer(session, messages).result.token_ids for messages in (CHAT, other)]
-    lanes = [
-        session.stream_generate(GenerationRequest(messages=messages, max_new_tokens=24)) for messages in (CHAT, other)
-    ]
+    requests = [GenerationRequest(messages=messages, max_new_tokens=24) for messages in (CHAT, other)]
+    lanes = [session.stream_generate(request) for request in requests]
     while not all(lane.finished for lane in lanes):
         for lane in lanes:
             next(lane, None)
@@ -133,7 +136,11 @@ def test_interleaved_generations_are_independent(session: Session):
 def test_generations_on_two_threads_are_independent(session: Session):
     expected = answer(session).result.token_ids
     results: list[tuple[int, ...]] = []
-    threads = [threading.Thread(target=lambda: results.append(answer(session).result.token_ids)) for _ in range(3)]
+
+    def run() -> None:
+        results.append(answer(session).result.token_ids)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -172,7 +179,8 @@ def test_a_cancelled_prefill_leaves_a_usable_prefix(session: Session, monkeypatc
 
 def test_context_end_is_reported(session: Session):
     prompt = [7] * (tiny.CONTEXT_LENGTH - 10)
-    generation = session.stream_generate(GenerationRequest(prompt_ids=prompt, max_new_tokens=100, ignore_eos=True))
+    request = GenerationRequest(prompt_ids=prompt, max_new_tokens=100, ignore_eos=True)
+    generation = session.stream_generate(request)
     list(generation)
     assert generation.result.finish_reason is FinishReason.CONTEXT
     assert len(generation.result.token_ids) == 10
@@ -233,8 +241,8 @@ def test_wrong_devices_formats_and_folders_are_one_sentence(folders: dict[str, P
 
 def test_loading_reports_progress(folders: dict[str, Path]):
     seen = []
-    load_session("tiny", folders["llama"], "fp32", "cpu", on_progress=lambda progress: seen.append(progress))
-    assert [p.stage for p in seen][0] == "load" and seen[-1].stage == "ready"
+    load_session("tiny", folders["llama"], "fp32", "cpu", on_progress=seen.append)
+    assert seen[0].stage == "load" and seen[-1].stage == "ready"
     shares = [p.done for p in seen if p.stage == "load"]
     assert shares == sorted(shares) and shares[-1] == 1.0
 
@@ -310,7 +318,9 @@ def test_real_text_is_the_same_for_any_prefill_chunk(
     default_model_path: Path, smollm: Session, weight_format: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Must hold for a long prompt read in one chunk or in many: caches equal bit for bit, text equal."""
-    session = smollm if weight_format == "int4" else load_session("x", default_model_path, weight_format, "cpu")
+    session = smollm
+    if weight_format != "int4":
+        session = load_session("SmolLM2", default_model_path, weight_format, "cpu")
     messages = [Message("user", "Summarise: " + "The ship left port at dawn, and the crew sang. " * 25)]
     outcomes = []
     for chunk in (4096, 100, 16):

@@ -15,7 +15,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CONTEXT_LENGTH = 256
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
-    "'<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "'<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # A few merges, so that tokens span several bytes, and one token ends inside a UTF-8 character.
 _MERGES = (
@@ -96,8 +97,11 @@ def build_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config(family, **changes), dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):  # ones and zeros would hide mistakes
-                torch.nn.init.uniform_(parameter, 0.5, 1.5) if "norm" in name else torch.nn.init.normal_(parameter)
+            # The usual ones and zeros would hide mistakes.
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            elif name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
     return model.eval()
 
 

@@ -130,4 +130,4 @@ def _top_p_candidates(scores: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
 
 
 def _broken() -> SlipstreamError:
-    return SlipstreamError("The model produced values that are not numbers; load it in another weight format.")
+    return SlipstreamError("The model produced values that are not numbers; try another weight format.")
