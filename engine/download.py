@@ -114,9 +114,7 @@ def _fetch_and_check(
         _fetch_and_check(remote, partial, name, meter, cancel)
 
 
-def _fetch(
-    remote: RemoteFile, partial: Path, meter: ProgressMeter, cancel: threading.Event | None
-) -> None:
+def _fetch(remote: RemoteFile, partial: Path, meter: ProgressMeter, cancel: threading.Event | None) -> None:
     """Bring ``partial`` to its full size, over as many connections as it takes."""
     have = _size(partial)
     meter.add(have, fresh=False)
@@ -136,7 +134,7 @@ def _fetch(
                         have = 0
                         file.seek(0)
                         file.truncate()
-                    with _disk_errors(partial.parent):
+                    with disk_errors(partial.parent):
                         _write_all(file, chunk)
                     have += len(chunk)
                     tries = 0 if chunk else tries
@@ -234,7 +232,8 @@ def _write_all(file: Any, chunk: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn operating-system errors of the block into sentences about ``folder``."""
     try:
         yield
     except OSError as error:
@@ -247,7 +246,9 @@ def _explain_disk_error(error: OSError, folder: Path) -> DiskError:
             f"The disk is full ({folder}); free some space and start again (what has arrived is kept), "
             "or set SLIPSTREAM_HOME to a folder on another disk."
         )
-    return DiskError(f"{folder} cannot be written to ({error.strerror}); set SLIPSTREAM_HOME to another folder.")
+    return DiskError(
+        f"{folder} cannot be written to ({error.strerror}); set SLIPSTREAM_HOME to another folder."
+    )
 
 
 def _check_room(folder: Path, needed: int) -> None:

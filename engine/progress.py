@@ -25,9 +25,7 @@ class Progress:
 class ProgressMeter:
     """Counts the bytes of one or more downloads and reports at most four times a second."""
 
-    def __init__(
-        self, label: str, total: int | None, on_progress: Callable[[Progress], None] | None
-    ) -> None:
+    def __init__(self, label: str, total: int | None, on_progress: Callable[[Progress], None] | None) -> None:
         self.label, self.total, self.done = label, total, 0
         self._on_progress = on_progress
         self._recent: deque[tuple[float, int]] = deque(maxlen=40)  # ten seconds of reports
@@ -57,7 +55,9 @@ class ProgressMeter:
         else:
             self._recent.append((now, self.done))
         left = self._seconds_left()
-        self._on_progress(Progress("download", self.done, self.total, left, stalled, self._message(left, note)))
+        self._on_progress(
+            Progress("download", self.done, self.total, left, stalled, self._message(left, note))
+        )
 
     def _seconds_left(self) -> float | None:
         if self.total is None or len(self._recent) < 2:
