@@ -140,10 +140,12 @@ class Generation:
             self._prefill()
             self._started = True
         self._stop_if_cancelled()
-        room = self._room()
         with ENGINE_LOCK:
-            step, seconds = self._timed_step(room)
-        pieces, reason = self._read(step)
+            started = perf_counter()
+            with use_threads(self._num_threads):
+                step = self._method.step(self._room())
+            pieces, reason = self._read(step)  # counted too: text is part of what a token costs
+            seconds = perf_counter() - started
         self._count(step, len(pieces), seconds)
         if reason is None and len(self._token_ids) >= self._request.max_new_tokens:
             reason = FinishReason.LENGTH
@@ -175,12 +177,6 @@ class Generation:
                 self.metrics.prefill_seconds += perf_counter() - started
         self._stop_if_cancelled()
         self._method.start(sequence)
-
-    def _timed_step(self, room: int) -> tuple[Step, float]:
-        with use_threads(self._num_threads):
-            started = perf_counter()
-            step = self._method.step(room)
-            return step, perf_counter() - started
 
     def _stop_if_cancelled(self) -> None:
         if self._cancelled.is_set():
