@@ -1,12 +1,13 @@
-"""Our own decoder as a :class:`engine.decoding.base.Backend`."""
+"""Our own decoder as a :class:`engine.decoding.base.Backend`, and what loading one returns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.decoding import method_factories
-from engine.decoding.base import DecodingMethod
+from engine.decoding.base import Backend, DecodingMethod
 from engine.errors import InvalidRequestError
 from engine.models.decoder import Decoder
 from engine.models.kv_cache import KVCache
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
 
 # Small enough that the stop flag is obeyed soon even on a large model, large enough for full speed.
 PREFILL_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A backend with the facts about it that people are shown. ``load_fallback`` returns one as well."""
+
+    backend: Backend
+    architecture: str
+    num_parameters: int
+    weight_format: str
+    device: str
+    weight_bytes: int  # that one decoding step reads
+    notes: tuple[str, ...] = ()
 
 
 class DecoderBackend:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.errors import UnsupportedModelError
+from engine.errors import ModelFileError, UnsupportedModelError
 from engine.session import ModelInfo, Session
 from engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from engine.progress import Progress
+    from engine.backend import LoadedModel
     from engine.models.decoder import Decoder
+    from engine.progress import Progress
 
 
 def load_session(
@@ -31,20 +33,66 @@ def load_session(
     report = _Reporter(on_progress)
     report("load", 0.0, f"Loading {name}.")
     tokenizer = load_tokenizer(path)
-    device = pick_device(device)
-    from engine.backend import DecoderBackend
-    from engine.models.loader import load_decoder
-
-    weight_format, notes = pick_format(path, weight_format, device)
-    decoder = load_decoder(
-        path, weight_format, device, lambda share: report("load", share, f"Loading {name}.")
+    load = _load_fallback if _is_unknown_architecture(path) else _load_decoder
+    model = load(
+        path, weight_format, pick_device(device), lambda share: report("load", share, f"Loading {name}.")
     )
-    backend = DecoderBackend(decoder)
-    session = Session(backend, tokenizer, _info(name, decoder, backend, weight_format, notes), threads)
+    notes = list(model.notes)
+    if tokenizer.uses_default_template:
+        notes.append("This model brings no chat template, so ChatML is used; it may not follow a chat.")
+    info = ModelInfo(
+        name=name,
+        architecture=model.architecture,
+        num_parameters=model.num_parameters,
+        weight_format=model.weight_format,
+        device=model.device,
+        context_length=model.backend.context_length,
+        weight_bytes=model.weight_bytes,
+        kernel=model.backend.kernel,
+        methods=model.backend.methods(),
+        notes=tuple(notes),
+    )
+    session = Session(model.backend, tokenizer, info, threads)
     report("warm up", 0.0, "Warming up.")
     session.warm_up()
     report("ready", 1.0, f"{name} is ready.")
     return session
+
+
+def _load_decoder(
+    path: Path, weight_format: str, device: str, on_progress: Callable[[float], None]
+) -> LoadedModel:
+    from engine.backend import DecoderBackend, LoadedModel
+    from engine.models.loader import load_decoder
+
+    weight_format, notes = pick_format(path, weight_format, device)
+    decoder = load_decoder(path, weight_format, device, on_progress)
+    return LoadedModel(
+        DecoderBackend(decoder), decoder.config.model_type, count_parameters(decoder), weight_format,
+        str(decoder.device), decoder.weight_bytes, notes,
+    )  # fmt: skip
+
+
+def _load_fallback(
+    path: Path, weight_format: str, device: str, on_progress: Callable[[float], None]
+) -> LoadedModel:
+    from engine.models.fallback import load_fallback
+
+    return load_fallback(path, weight_format, device, on_progress)
+
+
+def _is_unknown_architecture(path: Path) -> bool:
+    """Is this a folder whose architecture our own decoder does not run?"""
+    from engine.models.families import config_from_hf
+
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config_from_hf(raw if isinstance(raw, dict) else {"model_type": "llama"})
+    except UnsupportedModelError:
+        return True
+    except (OSError, ValueError, ModelFileError):
+        pass  # not a folder, or a damaged one: the loader has the sentence for it
+    return False
 
 
 def pick_device(device: str) -> str:
@@ -71,24 +119,6 @@ def pick_format(path: Path, weight_format: str, device: str) -> tuple[str, tuple
     if weight_format != "auto":
         return weight_format, ()
     return "int4", ()
-
-
-def _info(
-    name: str, decoder: Decoder, backend: object, weight_format: str, notes: tuple[str, ...]
-) -> ModelInfo:
-    config = decoder.config
-    return ModelInfo(
-        name=name,
-        architecture=config.model_type,
-        num_parameters=count_parameters(decoder),
-        weight_format=weight_format,
-        device=str(decoder.device),
-        context_length=config.context_length,
-        weight_bytes=decoder.weight_bytes,
-        kernel=backend.kernel,  # type: ignore[attr-defined]
-        methods=backend.methods(),  # type: ignore[attr-defined]
-        notes=notes,
-    )
 
 
 def count_parameters(decoder: Decoder) -> int:

@@ -72,6 +72,7 @@ class Session:
         device: str = "auto",
         threads: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        cancel: threading.Event | None = None,
     ) -> Session:
         """Fetch the model if need be, and load it.
 
@@ -80,6 +81,7 @@ class Session:
             weight_format: a name of ``WEIGHT_FORMATS``, or ``auto`` for the fastest that fits.
             device: ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``.
             threads: CPU threads; None for torch's choice.
+            cancel: set it to stop a download.
 
         Raises:
             DownloadError, ModelFileError, UnsupportedModelError, OutOfMemoryError.
@@ -89,7 +91,7 @@ class Session:
 
         if threads is not None and threads < 1:
             raise InvalidRequestError(f"The number of threads must be at least 1, not {threads}.")
-        model: ResolvedModel = resolve(source, on_progress)
+        model: ResolvedModel = resolve(source, on_progress, cancel)
         return load_session(model.name, Path(model.path), weight_format, device, threads, on_progress)
 
     def methods(self) -> tuple[str, ...]:

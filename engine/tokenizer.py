@@ -68,6 +68,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def uses_default_template(self) -> bool:
+        """The model brings no chat template of its own."""
+        return self._template.is_default
+
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Ids of ``text`` taken literally: spelled special tokens stay ordinary characters."""
         ids = self._encode(text, literal=True)
