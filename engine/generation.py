@@ -28,6 +28,7 @@ class Generation:
     Attributes:
         metrics: live counters.
         prefill_progress: prompt tokens done and in total, live.
+        request: what was asked.
         sequence: token ids and cache; belongs to the engine.
     """
 
@@ -46,7 +47,7 @@ class Generation:
     ) -> None:
         self._backend = backend
         self._method = backend.method(request.method)
-        self._request = request
+        self.request = request
         self.sequence = sequence
         self._text = text
         self._eos_ids = frozenset() if request.ignore_eos else eos_ids
@@ -147,7 +148,7 @@ class Generation:
             pieces, reason = self._read(step)  # counted too: text is part of what a token costs
             seconds = perf_counter() - started
         self._count(step, len(pieces), seconds)
-        if reason is None and len(self._token_ids) >= self._request.max_new_tokens:
+        if reason is None and len(self._token_ids) >= self.request.max_new_tokens:
             reason = FinishReason.LENGTH
         if reason is None and self._room() < 1:
             reason = FinishReason.CONTEXT
@@ -185,7 +186,7 @@ class Generation:
 
     def _room(self) -> int:
         """Tokens that may still come."""
-        left = self._request.max_new_tokens - len(self._token_ids)
+        left = self.request.max_new_tokens - len(self._token_ids)
         return min(left, self._backend.context_length - len(self.sequence.ids))
 
     def _read(self, step: Step) -> tuple[list[Piece], FinishReason | None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from engine.decoding.base import Backend, TokenSequence
 from engine.decoding.sampling import Sampler
 from engine.errors import InvalidRequestError
 from engine.generation import ENGINE_LOCK, Generation
-from engine.prefix import PrefixCaches
+from engine.prefix import KeptCache, PrefixCaches, settle
 from engine.requests import GenerationRequest, Message
 from engine.text_stream import TextStream
 from engine.threads import use_threads
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from engine.hub import ResolvedModel
     from engine.progress import Progress
 
+log = logging.getLogger(__name__)
+
+_SETTLE_PAUSE = 0.05  # seconds between two looks at a busy engine
 _ANSWER_HEADROOM = 512  # cache slots allocated ahead for an answer; more come by doubling
 
 
@@ -52,6 +57,7 @@ class Session:
         info: what is loaded.
         tokenizer: text <-> ids.
         backend: the model at the token level.
+        settling: the thread that reads the last answer ahead of the next turn, if any.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Session:
         self.num_threads = num_threads
         self._caches = PrefixCaches()
         self._closed = threading.Event()
+        self.settling: threading.Thread | None = None
 
     @classmethod
     def load(
@@ -167,9 +174,34 @@ class Session:
         self.backend.close()
 
     def _keep(self, generation: Generation) -> None:
-        if not self._closed.is_set():
-            sequence = generation.sequence
-            self._caches.keep(sequence.ids[: sequence.num_prompt_tokens], sequence.cache)
+        if self._closed.is_set():
+            return
+        sequence = generation.sequence
+        prompt = sequence.ids[: sequence.num_prompt_tokens]
+        kept = self._caches.keep(prompt, sequence.cache)
+        answer = generation.result.token_ids
+        if answer and generation.request.messages is not None:
+            rest = [*prompt[len(kept.ids) :], *answer]
+            self.settling = threading.Thread(target=self._settle, args=(kept, rest), daemon=True)
+            self.settling.start()
+
+    def _settle(self, kept: KeptCache, ids: list[int]) -> None:
+        """Read the answer as prompt while the engine is idle; the next turn will want it so."""
+        try:
+            settle(kept, ids, self._try_prefill, lambda: time.sleep(_SETTLE_PAUSE))
+        except Exception:
+            # Nobody waits for this. The cache stays valid up to where it got.
+            log.warning("Reading the answer ahead of the next turn failed.", exc_info=True)
+
+    def _try_prefill(self, ids: list[int], cache: Any) -> bool:
+        if not ENGINE_LOCK.acquire(blocking=False):
+            return False
+        try:
+            with use_threads(self.num_threads):
+                self.backend.prefill(ids, cache)
+        finally:
+            ENGINE_LOCK.release()
+        return True
 
     def _checked_ids(self, prompt_ids: Sequence[int]) -> list[int]:
         ids = [int(index) for index in prompt_ids]

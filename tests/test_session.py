@@ -116,6 +116,33 @@ def test_a_reused_prefix_changes_no_text_and_no_cache(folders: dict[str, Path], 
         messages += [Message("assistant", reused.result.text), Message("user", f"and {turn}?")]
 
 
+@pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
+def test_the_answer_is_read_ahead_of_the_next_turn(folders: dict[str, Path], weight_format: str):
+    """In the background, as prompt: the next turn finds it, and equals a turn from nothing bit for bit."""
+    session = load_session("tiny", folders["llama"], weight_format, "cpu")
+    first = answer(session, reuse=True)
+    assert session.settling is not None
+    session.settling.join(30)
+    ids = [*first.sequence.ids[: first.sequence.num_prompt_tokens], *first.result.token_ids]
+    request = GenerationRequest(prompt_ids=[*ids, 5, 6, 7], max_new_tokens=20)
+    reused = session.stream_generate(request)
+    fresh = session.stream_generate(request, reuse_prefix=False)
+    assert list(reused) and list(fresh)
+    assert reused.metrics.num_cached_tokens == len(ids)
+    assert reused.result.token_ids == fresh.result.token_ids
+    assert all(torch.equal(a, b) for a, b in zip(prompt_keys(reused), prompt_keys(fresh), strict=True))
+
+
+def test_a_new_request_does_not_wait_for_the_reading_ahead(session: Session):
+    """Taking the cache ends the background work; the answer is the same wherever it was interrupted."""
+    expected = answer(session).result
+    follow_up = [*CHAT, Message("assistant", expected.text), Message("user", "go on")]
+    wanted = answer(session, follow_up).result.token_ids
+    for _ in range(5):
+        answer(session, reuse=True)
+        assert answer(session, follow_up, reuse=True).result.token_ids == wanted
+
+
 def test_regenerating_reads_one_token(session: Session):
     first, again = answer(session, reuse=True), answer(session, reuse=True)
     assert again.metrics.num_cached_tokens == again.metrics.num_prompt_tokens - 1
