@@ -162,7 +162,7 @@ def _local(path: Path) -> ResolvedModel:
         return ResolvedModel(path.name, path, "folder")
     if any(path.match(pattern) for pattern in PICKLES):
         raise ModelFileError(
-            f"{path.name} is a pickle, which can run code and is never loaded; use .safetensors or .gguf files."
+            f"{path.name} is a pickle, which can run code and is never loaded; use .safetensors or .gguf."
         )
     if path.suffix == ".safetensors" or path.name == "config.json":
         return _local(path.parent)

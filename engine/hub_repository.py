@@ -55,7 +55,7 @@ class HubModel:
         """None if ``text`` is not of that form."""
         word = r"[A-Za-z0-9][\w.-]*"
         match = re.fullmatch(rf"({word}/{word})(?:/([\w./-]+\.gguf))?(?:@([\w./-]+))?", text)
-        if match is None or (match[2] is None and match[1].lower().endswith(".gguf")):
+        if match is None or (match[2] is None and match[1].lower().endswith(".gguf")) or ".." in text:
             return None
         return cls(match[1], match[2], match[3] or "main")
 
@@ -153,7 +153,8 @@ def choose_files(names: Iterable[str], model: HubModel) -> set[str]:
     Raises:
         ModelFileError: there is nothing to run, or only pickles.
     """
-    names = [name for name in names if "/" not in name or name == model.file]
+    # Top level only; and a name must not lead out of the folder, whatever the server lists.
+    names = [name for name in names if re.fullmatch(r"\w[\w.+-]*", name) or name == model.file]
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     if model.file is not None:
         if model.file not in ggufs:

