@@ -1,0 +1,136 @@
+"""Fused CPU kernels for single-sequence decoding, compiled with numba on first use and cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.models.decoder import Decoder
+from engine.models.stepper import Stepper
+from engine.quantization.base import Linear
+from engine.quantization.dense import DenseLinear
+from engine.quantization.int4 import GROUP_SIZE, Int4Linear
+from engine.quantization.int8 import Int8Linear
+
+if TYPE_CHECKING:
+    from engine.kernels.stepper import FusedStepper
+
+_log = logging.getLogger(__name__)
+
+
+def fused_stepper(decoder: Decoder) -> Stepper | None:
+    """A stepper on fused kernels, or None where they do not run."""
+    if reason := fused_unavailable(decoder):
+        _log.info("fused kernels are off: %s", reason)
+        return None
+    try:
+        return make_fused_stepper(decoder)
+    except Exception:  # an LLVM or cache problem must not keep anyone from chatting: torch runs everything
+        _log.exception("fused kernels are off")
+        return None
+
+
+def fused_unavailable(decoder: Decoder) -> str | None:
+    """Why the fused kernels cannot run this decoder, as a sentence; None if they can."""
+    if decoder.device.type != "cpu":
+        return "they are for the CPU."
+    if decoder.dtype not in (torch.float32, torch.bfloat16):
+        return f"they have no {decoder.dtype} activations."
+    config = decoder.config
+    if config.head_dim % 16 or config.hidden_size % 16:
+        return "head and hidden size must be multiples of 16."
+    linears = [m for layer in decoder.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    linears.append(decoder.weights.lm_head)
+    if len({_format(m) for m in linears}) > 1 or _format(linears[0]) is None:
+        return "they run int4, int8, bf16 and fp32 weights, one format at a time."
+    unit = GROUP_SIZE if isinstance(linears[0], Int4Linear) else 16
+    if any(m.in_features % unit for m in linears) or (decoder.layers[0].down.in_features % 16):
+        return f"matrix inputs must be multiples of {unit}."
+    if isinstance(linears[0], Int4Linear):
+        block = int4_block()
+        if block is None:
+            return "this torch packs int4 weights in an order that they do not know."
+        if decoder.layers[0].down.in_features % block:
+            return f"the feed-forward size must be a multiple of {block} for int4."
+    try:
+        import numba  # noqa: F401
+    except Exception as error:
+        return f"numba cannot be loaded ({error})."
+    return None
+
+
+def make_fused_stepper(decoder: Decoder, num_threads: int | None = None) -> FusedStepper:
+    """Build the stepper; compiles (or loads from the cache) the code for the decoder's weight format.
+
+    Args:
+        num_threads: None: as many as torch uses.
+    """
+    began = time.perf_counter()
+    _prepare_cache()
+    from engine.kernels.stepper import FusedStepper
+
+    stepper = FusedStepper(decoder, num_threads or torch.get_num_threads(), int4_block() or 64)
+    stepper.compile()
+    _log.info("fused kernels ready after %.1f s", time.perf_counter() - began)
+    return stepper
+
+
+def int4_block() -> int | None:
+    """Outputs per block in this machine's CPU int4 layout, found by packing a known matrix; None if unknown."""
+    if not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
+        return None
+    inputs = GROUP_SIZE
+    for block in (64, 32):
+        outputs = 2 * block + block // 2
+        codes = torch.arange(outputs * inputs).mul(7).remainder(31).remainder(16).view(outputs, inputs).int()
+        try:
+            packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+        except RuntimeError:
+            return None
+        halves = codes[: 2 * block].view(2, 2, block // 2, inputs)
+        full = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2)  # [block, K, bytes]
+        tail = codes[2 * block :]
+        pairs = (tail[::2] | tail[1::2] << 4).T  # a last, narrower block holds neighbouring pairs
+        expected = torch.cat((full.reshape(-1), pairs.reshape(-1))).to(torch.uint8)
+        if packed.dtype == torch.uint8 and torch.equal(packed.reshape(-1), expected):
+            return block
+    return None
+
+
+def _format(linear: Linear) -> str | None:
+    if isinstance(linear, Int4Linear):
+        return "int4"
+    if isinstance(linear, Int8Linear):
+        return "int8"
+    if isinstance(linear, DenseLinear) and linear.weight.dtype in (torch.float32, torch.bfloat16):
+        return str(linear.weight.dtype)
+    return None
+
+
+def _prepare_cache() -> None:
+    """Point numba's disk cache at a folder named after these sources: numba itself looks only at one file."""
+    import llvmlite
+    import numba
+
+    from engine.paths import cache_dir
+
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    folder = cache_dir() / "kernels" / digest.hexdigest()[:16]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        usable = os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if usable:
+        numba.config.CACHE_DIR = str(folder)
+    from engine.kernels.team import register_symbols
+
+    register_symbols()

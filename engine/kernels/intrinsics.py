@@ -1,0 +1,265 @@
+"""Raw memory, atomics and vector arithmetic for numba code, written as LLVM IR.
+
+Addresses are int64. Vectors are 16 floats wide whatever the machine; LLVM splits them where registers
+are narrower. Every multiply-add is an explicit ``fma``, and every sum has a fixed order, so that a row's
+bits never depend on how many rows were computed together.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+VF32, VI32 = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+_BF16_SHIFT = 16
+
+
+def pointer(builder: Any, address: Any, kind: Any) -> Any:
+    """``address`` as a pointer to ``kind``."""
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def load(builder: Any, address: Any, kind: Any) -> Any:
+    """Load ``kind`` from an address that may be unaligned."""
+    value = builder.load(pointer(builder, address, kind))
+    value.align = 1
+    return value
+
+
+def store(builder: Any, value: Any, address: Any) -> None:
+    """Store to an address that may be unaligned."""
+    builder.store(value, pointer(builder, address, value.type)).align = 1
+
+
+def splat(builder: Any, scalar: Any) -> Any:
+    """A vector with ``scalar`` in every lane."""
+    vector = ir.VectorType(scalar.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(VI32, [0] * LANES))
+
+
+def constant(value: float | int, kind: Any = VF32) -> Any:
+    """A vector constant."""
+    return ir.Constant(kind, [value] * LANES)
+
+
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``, rounded once."""
+    kind = ir.FunctionType(VF32, [VF32] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
+
+
+def offset(builder: Any, address: Any, *terms: Any) -> Any:
+    """``address`` plus the terms, which are Python ints or i64 values."""
+    for term in terms:
+        address = builder.add(address, I64(term) if isinstance(term, int) else term)
+    return address
+
+
+def widen(builder: Any, address: Any, element: Any, index: Any) -> Any:
+    """16 elements from ``address + index * size`` as floats; ``element`` is a numba scalar type."""
+    if element == types.float32:
+        return load(builder, offset(builder, address, builder.mul(index, I64(4))), VF32)
+    if element == types.uint16:  # bfloat16 bits
+        bits = load(builder, offset(builder, address, builder.mul(index, I64(2))), ir.VectorType(I16, LANES))
+        wide = builder.shl(builder.zext(bits, VI32), constant(_BF16_SHIFT, VI32))
+        return builder.bitcast(wide, VF32)
+    if element == types.int8:
+        codes = load(builder, offset(builder, address, index), ir.VectorType(I8, LANES))
+        return builder.sitofp(builder.sext(codes, VI32), VF32)
+    raise TypeError(f"no vector load for {element}")
+
+
+def reduce_tree(builder: Any, vector: Any) -> Any:
+    """Sum of 16 lanes, halves added to halves."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        low = builder.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(I32, width), list(range(width))))
+        high = builder.shuffle_vector(
+            vector, undefined, ir.Constant(ir.VectorType(I32, width), list(range(width, 2 * width)))
+        )
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at ``address``."""
+    byte_pointer = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte_pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [pointer(builder, address, I8), I32(0), I32(3), I32(1)])
+
+
+@intrinsic
+def get_i64(typingctx: Any, address: Any) -> Any:
+    """The int64 at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return load(builder, args[0], I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def get_f32(typingctx: Any, address: Any) -> Any:
+    """The float32 at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return load(builder, args[0], F32)
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def put_f32(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store a float32 at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        store(builder, args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def put_i64(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store an int64 at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        store(builder, args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def put_rounded(typingctx: Any, tag: Any, address: Any, value: Any) -> Any:
+    """Store a float at ``address`` in the type of ``tag``: float32, or uint16 for bfloat16 (to nearest even)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, where, number = args
+        if signature.args[0] == types.float32:
+            store(builder, number, where)
+        else:
+            bits = builder.bitcast(number, I32)
+            odd = builder.and_(builder.lshr(bits, I32(_BF16_SHIFT)), I32(1))
+            rounded = builder.add(bits, builder.add(odd, I32(0x7FFF)))
+            store(builder, builder.trunc(builder.lshr(rounded, I32(_BF16_SHIFT)), I16), where)
+        return context.get_dummy_value()
+
+    return types.void(tag, types.int64, types.float32), codegen
+
+
+@intrinsic
+def get_wide(typingctx: Any, tag: Any, address: Any) -> Any:
+    """The float32 or bfloat16 (``tag`` uint16) at ``address`` as float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return load(builder, args[1], F32)
+        bits = builder.zext(load(builder, args[1], I16), I32)
+        return builder.bitcast(builder.shl(bits, I32(_BF16_SHIFT)), F32)
+
+    return types.float32(tag, types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at ``address`` and return what it held (sequentially consistent)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_get(typingctx: Any, address: Any) -> Any:
+    """The int64 at ``address``, with acquire ordering."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(pointer(builder, args[0], I64), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the core that this is a spin loop."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64", "i386", "i686"):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        elif machine in ("arm64", "aarch64"):
+            kind = ir.FunctionType(ir.VoidType(), [I32])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.aarch64.hint"), [I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def give_way(typingctx: Any) -> Any:
+    """Let another thread have the core (``slipstream_give_way`` is registered by ``workers``)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(I32, [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "slipstream_give_way"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def dot(typingctx: Any, tag: Any, x: Any, y: Any, count: Any) -> Any:
+    """Sum of ``x[i] * y[i]``: ``x`` float32, ``y`` of the type of ``tag``, ``count`` a multiple of 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, left, right, length = args
+        total = cgutils.alloca_once_value(builder, constant(0.0))
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            a = widen(builder, left, types.float32, index)
+            b = widen(builder, right, signature.args[0], index)
+            builder.store(fma(builder, a, b, builder.load(total)), total)
+        return reduce_tree(builder, builder.load(total))
+
+    return types.float32(tag, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def mix(typingctx: Any, tag: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any) -> Any:
+    """``out[0:16] = sum_s weights[s] * values[s]`` over ``count`` rows that lie ``stride`` bytes apart."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, w, base, step, length, target = args
+        total = cgutils.alloca_once_value(builder, constant(0.0))
+        with cgutils.for_range(builder, length, intp=I64) as loop:
+            weight = splat(builder, load(builder, offset(builder, w, builder.mul(loop.index, I64(4))), F32))
+            row = offset(builder, base, builder.mul(loop.index, step))
+            value = widen(builder, row, signature.args[0], I64(0))
+            builder.store(fma(builder, weight, value, builder.load(total)), total)
+        store(builder, builder.load(total), target)
+        return context.get_dummy_value()
+
+    return types.void(tag, types.int64, types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def get_i8(typingctx: Any, address: Any) -> Any:
+    """The unsigned byte at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(load(builder, args[0], I8), I64)
+
+    return types.int64(types.int64), codegen

@@ -1,0 +1,208 @@
+"""Blocks of matmuls: which outputs and which part of the inputs one task computes.
+
+A linear's descriptor is six int64: weights, scales, bias (0: none), N, K, number of parts. Splitting the
+inputs into parts gives even work to the threads; it depends on the shape alone, never on the threads, and
+the reader adds the parts in order.
+
+The weight type is told by a tag argument: uint8 int4 in blocks of 64, int32 int4 in blocks of 32,
+int8, uint16 bfloat16, float32. Each type is compiled only when it is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from engine.kernels import tiles
+from engine.kernels.intrinsics import get_f32, get_i64, get_i8, get_wide, put_f32
+
+LINEAR_FIELDS = 6
+WEIGHT, SCALES, BIAS, OUTPUTS, INPUTS, PARTS = range(LINEAR_FIELDS)
+ROW_MAJOR_BLOCK = 32
+_GROUP = tiles.GROUP
+_BF16 = np.uint16(0)
+
+_int4_64 = (tiles.int4_64_1, tiles.int4_64_2, tiles.int4_64_3, tiles.int4_64_4)
+_t1, _t2, _t3, _t4 = _int4_64
+_h1, _h2 = tiles.int4_32_1, tiles.int4_32_2
+_d1, _d2, _d3, _d4, _single = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4, tiles.dot_single
+
+
+def block_width(tag: Any) -> int:
+    """Outputs per block (numba functions only)."""
+    raise NotImplementedError
+
+
+def multiply_block(
+    tag: Any, linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
+) -> None:
+    """Outputs ``output .. output + block`` of ``rows`` rows of ``x`` (numba functions only).
+
+    ``out`` is where the block's first row goes; rows lie ``out_step`` floats apart. The bias is added
+    by part 0.
+    """
+    raise NotImplementedError
+
+
+@overload(block_width, inline="always")
+def _block_width(tag: Any) -> Any:
+    width = {types.uint8: 64, types.int32: 32}.get(tag, ROW_MAJOR_BLOCK)
+
+    def width_of(tag: Any) -> int:
+        return width
+
+    return width_of
+
+
+@njit(nogil=True, error_model="numpy")
+def _int4_tail(linear: int, output: int, first: int, last: int, x: int, sums: int, out: int, out_step: int, rows: int) -> None:
+    """The last outputs of a matrix, fewer than a block: torch packs them as neighbouring pairs."""
+    packed, scales = get_i64(linear), get_i64(linear + 8 * SCALES)
+    n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
+    width = n - output
+    base = packed + output * k // 2
+    for row in range(rows):
+        for j in range(width):
+            total = np.float32(0.0)
+            for group in range(first, last):
+                part = np.float32(0.0)
+                for i in range(group * _GROUP, (group + 1) * _GROUP):
+                    byte = get_i8(base + (i * width + j) // 2)
+                    code = (byte >> (4 * (j & 1))) & 15
+                    part += get_f32(x + 4 * (row * k + i)) * np.float32(code)
+                pair = scales + 4 * (group * n + output + j)
+                scale, zero = get_wide(_BF16, pair), get_wide(_BF16, pair + 2)
+                total += scale * part + (zero - np.float32(8.0) * scale) * get_f32(
+                    sums + 4 * (row * (k // _GROUP) + group)
+                )
+            put_f32(out + 4 * (row * out_step + j), total)
+
+
+@njit(nogil=True, error_model="numpy")
+def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, rows: int) -> None:
+    bias = get_i64(linear + 8 * BIAS)
+    if bias != 0:
+        for row in range(rows):
+            for j in range(width):
+                at = out + 4 * (row * out_step + j)
+                put_f32(at, get_f32(at) + get_f32(bias + 4 * (output + j)))
+
+
+@njit(nogil=True, error_model="numpy")
+def _int4_64_block(linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int) -> None:
+    n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
+    groups = k // _GROUP
+    first, last = part * groups // parts, (part + 1) * groups // parts
+    if n - output < 64:
+        _int4_tail(linear, output, first, last, x, sums, out, out_step, rows)
+    else:
+        codes = get_i64(linear) + output * k // 2 + first * (_GROUP * 32)
+        pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
+        count = last - first
+        row = 0
+        while row < rows:
+            a = x + 4 * (row * k + first * _GROUP)
+            s = sums + 4 * (row * groups + first)
+            o = out + 4 * row * out_step
+            left = rows - row
+            if left >= 4:
+                _t4(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+            elif left == 3:
+                _t3(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+            elif left == 2:
+                _t2(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+            else:
+                _t1(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+            row += 4
+    if part == 0:
+        _add_bias(linear, output, min(64, n - output), out, out_step, rows)
+
+
+@njit(nogil=True, error_model="numpy")
+def _int4_32_block(linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int) -> None:
+    n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
+    groups = k // _GROUP
+    first, last = part * groups // parts, (part + 1) * groups // parts
+    if n - output < 32:
+        _int4_tail(linear, output, first, last, x, sums, out, out_step, rows)
+    else:
+        codes = get_i64(linear) + output * k // 2 + first * (_GROUP * 16)
+        pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
+        count = last - first
+        row = 0
+        while row < rows:
+            a = x + 4 * (row * k + first * _GROUP)
+            s = sums + 4 * (row * groups + first)
+            o = out + 4 * row * out_step
+            if rows - row >= 2:
+                _h2(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+            else:
+                _h1(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+            row += 2
+    if part == 0:
+        _add_bias(linear, output, min(32, n - output), out, out_step, rows)
+
+
+@njit(nogil=True, error_model="numpy")
+def _row_major_block(
+    tag: Any, size: int, linear: int, output: int, part: int, x: int, out: int, out_step: int, rows: int
+) -> None:
+    n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
+    steps = k // 16
+    first, last = part * steps // parts * 16, (part + 1) * steps // parts * 16
+    count, step = last - first, k * size
+    base = get_i64(linear) + output * step + first * size
+    width = min(ROW_MAJOR_BLOCK, n - output)
+    quads = width // 4
+    row = 0
+    while row < rows:
+        a = x + 4 * (row * k + first)
+        left = rows - row
+        for quad in range(quads):
+            w, o = base + 4 * quad * step, out + 4 * (row * out_step + 4 * quad)
+            if left >= 4:
+                _d4(tag, w, step, count, a, k, o, out_step)
+            elif left == 3:
+                _d3(tag, w, step, count, a, k, o, out_step)
+            elif left == 2:
+                _d2(tag, w, step, count, a, k, o, out_step)
+            else:
+                _d1(tag, w, step, count, a, k, o, out_step)
+        for j in range(4 * quads, width):
+            for r in range(min(4, left)):
+                _single(tag, base + j * step, step, count, a + 4 * r * k, k, out + 4 * ((row + r) * out_step + j), out_step)
+        row += 4
+    scales = get_i64(linear + 8 * SCALES)
+    if scales != 0:
+        for r in range(rows):
+            for j in range(width):
+                at = out + 4 * (r * out_step + j)
+                put_f32(at, get_f32(at) * get_f32(scales + 4 * (output + j)))
+    if part == 0:
+        _add_bias(linear, output, width, out, out_step, rows)
+
+
+@overload(multiply_block)
+def _multiply_block(
+    tag: Any, linear: Any, output: Any, part: Any, x: Any, sums: Any, out: Any, out_step: Any, rows: Any
+) -> Any:
+    if tag in (types.uint8, types.int32):
+        block = _int4_64_block if tag == types.uint8 else _int4_32_block
+
+        def multiply(
+            tag: Any, linear: Any, output: Any, part: Any, x: Any, sums: Any, out: Any, out_step: Any, rows: Any
+        ) -> None:
+            block(linear, output, part, x, sums, out, out_step, rows)
+
+        return multiply
+    size = {types.int8: 1, types.uint16: 2, types.float32: 4}[tag]
+
+    def multiply_rows(
+        tag: Any, linear: Any, output: Any, part: Any, x: Any, sums: Any, out: Any, out_step: Any, rows: Any
+    ) -> None:
+        _row_major_block(tag, size, linear, output, part, x, out, out_step, rows)
+
+    return multiply_rows
