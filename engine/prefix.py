@@ -55,8 +55,8 @@ class PrefixCaches:
             if best is None:
                 return None
             self._kept.remove(best)
+        best.taken = True  # first, or settling would win the lock again and again
         with best.lock:  # waits for a chunk that is being settled
-            best.taken = True
             best.cache.length = _common_prefix(best.ids, ids[:-1])
         return best.cache
 
@@ -95,7 +95,7 @@ def settle(
     done = 0
     while done < len(ids):
         with kept.lock:
-            if kept.taken:
+            if kept.taken or not threading.main_thread().is_alive():  # or the program is ending
                 return
             chunk = list(ids[done : done + _SETTLE_CHUNK])
             ready = try_prefill(chunk, kept.cache)

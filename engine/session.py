@@ -182,7 +182,8 @@ class Session:
         answer = generation.result.token_ids
         if answer and generation.request.messages is not None:
             rest = [*prompt[len(kept.ids) :], *answer]
-            self.settling = threading.Thread(target=self._settle, args=(kept, rest), daemon=True)
+            # Not a daemon: torch does not survive an interpreter that ends around it.
+            self.settling = threading.Thread(target=self._settle, args=(kept, rest))
             self.settling.start()
 
     def _settle(self, kept: KeptCache, ids: list[int]) -> None:
