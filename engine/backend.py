@@ -64,3 +64,4 @@ class DecoderBackend:
 
     def close(self) -> None:
         self.factories.clear()
+        del self.decoder, self.stepper  # running steps keep their own references to the end

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ModelFileError, UnsupportedModelError
 from engine.session import ModelInfo, Session
+from engine.threads import set_threads
 from engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def load_session(
     """
     report = _Reporter(on_progress)
     report("load", 0.0, f"Loading {name}.")
+    set_threads(threads)  # kernels size their own pools by it
     tokenizer = load_tokenizer(path)
     load = _load_fallback if _is_unknown_architecture(path) else _load_decoder
     model = load(

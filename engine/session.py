@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class Session:
         self.num_threads = num_threads
         self._caches = PrefixCaches()
         self._closed = threading.Event()
+        self._running: weakref.WeakSet[Generation] = weakref.WeakSet()
         self.settling: threading.Thread | None = None
 
     @classmethod
@@ -143,7 +145,7 @@ class Session:
             cache = self.backend.new_cache(min(room, context_length))
         sequence = TokenSequence(ids, cache, Sampler(request.sampling), len(ids))
         text = TextStream(self.tokenizer.token_bytes, request.stop, self.tokenizer.strips_space)
-        return Generation(
+        generation = Generation(
             self.backend,
             request,
             sequence,
@@ -154,6 +156,8 @@ class Session:
             num_threads=self.num_threads,
             on_finish=self._keep if reuse_prefix else None,
         )
+        self._running.add(generation)
+        return generation
 
     def warm_up(self) -> None:
         """Compute a few tokens, so that the first answer does not pay for thread pools and compilation."""
@@ -168,8 +172,12 @@ class Session:
             method.step(1)
 
     def close(self) -> None:
-        """Forget the caches and the weights. Running generations end by themselves."""
+        """End running generations, and release the caches and the weights. Closing twice is harmless."""
+        if self._closed.is_set():
+            return
         self._closed.set()
+        for generation in list(self._running):
+            generation.close()
         self._caches.clear()
         self.backend.close()
 

@@ -15,7 +15,14 @@ def use_threads(num_threads: int | None) -> Iterator[None]:
     """
     import torch
 
-    if num_threads is not None and torch.get_num_threads() != num_threads:
-        torch.set_num_threads(num_threads)
+    set_threads(num_threads)
     with torch.inference_mode():
         yield
+
+
+def set_threads(num_threads: int | None) -> None:
+    """Use ``num_threads`` CPU threads from here on in the calling thread (None: leave it)."""
+    import torch
+
+    if num_threads is not None and torch.get_num_threads() != num_threads:
+        torch.set_num_threads(num_threads)
