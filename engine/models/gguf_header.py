@@ -58,7 +58,15 @@ def read_header(path: Path) -> GgufHeader:
         raise ModelFileError(f"{path} does not exist; check the path.") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from error
-    except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+    except (
+        struct.error,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise ModelFileError(f"{path.name} is damaged or incomplete; download it again.") from error
 
 
