@@ -102,10 +102,7 @@ def isa_flags() -> tuple[str, ...]:
 
 def usable_threads() -> int:
     """CPU threads that this process may really run on: affinity and the container's quota count."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").strip().partition(" ")  # cgroup v2
     if quota.isdigit() and period.isdigit():
         count = min(count, -(-int(quota) // int(period)))
