@@ -1,0 +1,62 @@
+"""A lane's process: JSON lines in, JSON lines out. Run as ``python -m engine.evaluation.worker``.
+
+The first message describes the lane; the reply describes what was loaded. Each further message is a
+prompt to encode or to answer. An idle lane waits in a read, so it takes nothing from the running one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from engine.errors import SlipstreamError
+from engine.evaluation.peers import Lane, build_lane
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident size of this process so far, in MB (10^6 bytes)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+        return peak / 1e6 if peak else None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def answer(lane: Lane, message: dict[str, Any]) -> dict[str, Any]:
+    """Reply to one message."""
+    if "encode" in message:
+        return {"ids": lane.encode(message["encode"])}  # type: ignore[attr-defined]
+    sample = lane.generate(
+        message["ids"], message["max_tokens"], message["temperature"], message.get("seed", 0)
+    )
+    return {"sample": sample, "peak_memory_mb": peak_memory_mb()}
+
+
+def main() -> None:
+    # Libraries print to stdout; replies get their own copy of it, and stdout becomes stderr.
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    lane: Lane | None = None
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            if lane is None:
+                lane = build_lane(message)
+                reply = {"lane": lane.describe()}
+            else:
+                reply = answer(lane, message)
+        except SlipstreamError as error:
+            reply = {"error": str(error)}
+        except Exception as error:  # whatever a peer raises: the other lanes go on
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
