@@ -149,7 +149,11 @@ def run_turns(
 
 
 def build_rows(
-    workers: dict[str, Worker], samples: Samples, settings: BenchSettings, baseline: str, bandwidth: float | None
+    workers: dict[str, Worker],
+    samples: Samples,
+    settings: BenchSettings,
+    baseline: str,
+    bandwidth: float | None,
 ) -> list[dict[str, Any]]:
     """Rows of the JSON report. ``bandwidth`` is the measured read bandwidth in bytes/s."""
     model = next((w.facts["model"] for w in workers.values() if "model" in w.facts), settings.source)
@@ -211,7 +215,9 @@ def load_samples(path: Path, settings: BenchSettings) -> Samples:
     except (ValueError, KeyError, TypeError):
         raise InvalidRequestError(f"{path} is not a report of this command; choose another file.") from None
     if earlier != asdict(settings):
-        raise InvalidRequestError(f"{path} was made with other settings; choose another file or drop --resume.")
+        raise InvalidRequestError(
+            f"{path} was made with other settings; choose another file or drop --resume."
+        )
     return {
         lane: {i: Sample(**{**s, "token_ids": tuple(s["token_ids"])}) for i, s in by_id.items()}
         for lane, by_id in stored.items()
