@@ -65,9 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--formats", default="auto", help="weight formats, comma separated")
     bench.add_argument("--methods", default="plain", help="decoding methods, comma separated")
     bench.add_argument("--peers", default="", help="transformers, llama.cpp")
-    bench.add_argument(
-        "--baseline", default=None, help="lane that ratios refer to (last peer, else first lane)"
-    )
+    bench.add_argument("--baseline", help="lane that ratios refer to (last peer, or first lane)")
     bench.add_argument("--threads", type=int, default=None)
     bench.add_argument("--temperature", type=float, default=0.0)
     bench.add_argument("--json", default=None, metavar="FILE", help="report, written after every prompt")

@@ -83,7 +83,7 @@ def bench(arguments: argparse.Namespace) -> int:
     workers: dict[str, Worker] = {}
     try:
         for spec in specs:
-            print(f"Loading {spec.name} ...", file=sys.stderr, flush=True)
+            _tell(f"Loading {spec.name} ...")
             workers[spec.name] = Worker(spec)
         return _run(workers, prompts, settings, samples, baseline, target)
     finally:
@@ -119,16 +119,27 @@ def _run(
         for done, total in run_turns(workers, prompts, encode, settings, samples):
             first_done = done - 1 if first_done is None else first_done
             left = (time.perf_counter() - started) / (done - first_done) * (total - done)
-            print(f"{done} of {total} prompts, {format_seconds(left)} left", file=sys.stderr, flush=True)
+            _tell(f"{done} of {total} prompts, {format_seconds(left)} left")
             if target:
                 save_report(target, report())
     except KeyboardInterrupt:
         stopped = True
-        print("Stopped; the finished prompts count.", file=sys.stderr)
+        _tell("Stopped; the finished prompts count.")
     if any(samples.values()):
         final = report()
         if target:
             save_report(target, final)
-        print(text_table(final["rows"]))
-        print(f"Medians over prompts; ratios are paired, against {baseline}.")
+        sys.stdout.write(
+            f"{text_table(final['rows'])}\nMedians over prompts; ratios paired, to {baseline}.\n"
+        )
     return 130 if stopped else 0
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def _names(text: str) -> list[str]:
+    """Comma-separated names, each once, in order."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

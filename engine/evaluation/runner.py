@@ -215,9 +215,7 @@ def load_samples(path: Path, settings: BenchSettings) -> Samples:
     except (ValueError, KeyError, TypeError):
         raise InvalidRequestError(f"{path} is not a report of this command; choose another file.") from None
     if earlier != asdict(settings):
-        raise InvalidRequestError(
-            f"{path} was made with other settings; choose another file or drop --resume."
-        )
+        raise InvalidRequestError(f"{path} has other settings; choose another file or drop --resume.")
     return {
         lane: {i: Sample(**{**s, "token_ids": tuple(s["token_ids"])}) for i, s in by_id.items()}
         for lane, by_id in stored.items()

@@ -98,7 +98,7 @@ def summarise(
 
 
 def balanced_order(names: Sequence[str], turn: int) -> list[str]:
-    """Lanes of one turn: ABC, CBA, BCA, ACB ... Each lane goes first, and before each other, equally often."""
+    """Lanes of one turn: ABC, CBA, BCA, ACB ...: each before each other equally often."""
     start = turn // 2 % len(names) if names else 0
     order = [*names[start:], *names[:start]]
     return order[::-1] if turn % 2 else order
