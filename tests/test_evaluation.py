@@ -1,0 +1,102 @@
+"""Prompt files, statistics, and turns of the benchmark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from engine.errors import InvalidRequestError
+from engine.evaluation.runner import BenchSettings, load_samples, run_turns, save_report
+from engine.evaluation.statistics import Sample, balanced_order, quantile, summarise
+from engine.evaluation.suites import Prompt, load_prompts, suite_path
+
+SETTINGS = BenchSettings("model", "suite", 4, 1, 0.0)
+
+
+def sample(rate: float, ids: tuple[int, ...] = (1, 2), **counts: int) -> Sample:
+    return Sample(ids, 0.1, 10 / rate, 10, **counts)
+
+
+def test_order_is_balanced() -> None:
+    names = ["a", "b", "c"]
+    orders = [balanced_order(names, turn) for turn in range(6)]
+    for one in names:
+        assert sum(order[0] == one for order in orders) == 2
+        for other in set(names) - {one}:
+            assert sum(order.index(one) < order.index(other) for order in orders) == 3
+
+
+def test_ratio_is_paired() -> None:
+    mine = {"1": sample(20), "2": sample(200), "3": sample(30)}
+    other = {"1": sample(10), "2": sample(100), "3": sample(10)}
+    summary = summarise(mine, other, None)
+    assert summary.ratio == pytest.approx(2.0)
+    assert summary.tokens_per_second == pytest.approx(30)
+    assert summary.identical_share is None
+
+
+def test_identical_share_and_acceptance() -> None:
+    mine = {
+        "1": sample(1, (1, 2), num_rounds=4, num_draft_tokens=8, num_accepted_tokens=6),
+        "2": sample(1, (3,)),
+    }
+    summary = summarise(mine, None, {"1": sample(1, (1, 2)), "2": sample(1, (4,))})
+    assert summary.identical_share == 0.5
+    assert summary.acceptance_rate == 0.75
+    assert summary.mean_acceptance_length == 2.5
+
+
+def test_quantile_interpolates() -> None:
+    assert quantile([4.0, 1.0, 2.0, 3.0], 0.25) == pytest.approx(1.75)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"turns": []}', '{"turns": [""]}', '{"id": 1}'])
+def test_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "turns": ["Hi"]}\n' + line + "\n")
+    with pytest.raises(InvalidRequestError, match="Line 2"):
+        load_prompts(path)
+
+
+def test_shipped_suites_load_and_others_are_refused() -> None:
+    assert len(load_prompts(suite_path("mt_bench"))) == 60
+    assert len({prompt.id for prompt in load_prompts(suite_path("koala"), 7)}) == 7
+    with pytest.raises(InvalidRequestError, match="--prompts"):
+        suite_path("wizardlm")
+
+
+class FakeWorker:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def answer(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Sample:
+        self.log.append(self.name)
+        return sample(10)
+
+
+def test_stopped_run_resumes_without_repeating(tmp_path: Path) -> None:
+    log: list[str] = []
+    workers = {name: FakeWorker(name, log) for name in ("a", "b")}
+    prompts = [Prompt(str(i), "s", ("x",)) for i in range(3)]
+    samples: dict[str, dict[str, Sample]] = {}
+    turns = run_turns(workers, prompts, lambda _: [1], SETTINGS, samples, pause=0)
+    assert next(turns) == (1, 3)
+    turns.close()
+    log.clear()
+    assert list(run_turns(workers, prompts, lambda _: [1], SETTINGS, samples, pause=0)) == [(2, 3), (3, 3)]
+    assert log[2:] == ["a", "b", "b", "a"]  # after the warm-up
+
+
+def test_report_round_trip_and_other_settings(tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    path = tmp_path / "r.json"
+    stored = {"a": {"1": sample(10)}}
+    report = {"settings": asdict(SETTINGS), "samples": {"a": {"1": asdict(sample(10))}}}
+    save_report(path, report)
+    assert load_samples(path, SETTINGS) == stored
+    path.write_text(json.dumps({**report, "settings": {}}))
+    with pytest.raises(InvalidRequestError, match="other settings"):
+        load_samples(path, SETTINGS)
