@@ -83,7 +83,7 @@ def generate_continuations(
     heat = torch.tensor(temperatures, device=device, dtype=torch.float32)[:, None]
     alive = torch.ones(batch, dtype=torch.bool, device=device)
     stop_ids = torch.tensor(list(eos_ids), device=device)
-    slots = torch.arange(width, device=device)
+    slots = torch.arange(cache.capacity, device=device)
 
     def step() -> None:
         logits = _decode_rows(decoder, cache, current, positions, slots)
