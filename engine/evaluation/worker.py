@@ -48,7 +48,7 @@ def main() -> None:
         try:
             if lane is None:
                 lane = build_lane(message)
-                reply = {"lane": lane.describe()}
+                reply: dict[str, Any] = {"lane": lane.describe()}
             else:
                 reply = answer(lane, message)
         except SlipstreamError as error:

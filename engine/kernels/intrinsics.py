@@ -53,7 +53,9 @@ def constant(value: float | int, kind: Any = VF32) -> Any:
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c``, rounded once."""
     kind = ir.FunctionType(VF32, [VF32] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c])
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c]
+    )
 
 
 def offset(builder: Any, address: Any, *terms: Any) -> Any:
@@ -83,7 +85,9 @@ def reduce_tree(builder: Any, vector: Any) -> Any:
     while width > 1:
         width //= 2
         undefined = ir.Constant(vector.type, ir.Undefined)
-        low = builder.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(I32, width), list(range(width))))
+        low = builder.shuffle_vector(
+            vector, undefined, ir.Constant(ir.VectorType(I32, width), list(range(width)))
+        )
         high = builder.shuffle_vector(
             vector, undefined, ir.Constant(ir.VectorType(I32, width), list(range(width, 2 * width)))
         )

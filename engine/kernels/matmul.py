@@ -17,7 +17,7 @@ from numba import njit, types
 from numba.extending import overload
 
 from engine.kernels import tiles
-from engine.kernels.intrinsics import get_f32, get_i64, get_i8, get_wide, put_f32
+from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
 
 LINEAR_FIELDS = 6
 WEIGHT, SCALES, BIAS, OUTPUTS, INPUTS, PARTS = range(LINEAR_FIELDS)
@@ -58,7 +58,9 @@ def _block_width(tag: Any) -> Any:
 
 
 @njit(nogil=True, error_model="numpy")
-def _int4_tail(linear: int, output: int, first: int, last: int, x: int, sums: int, out: int, out_step: int, rows: int) -> None:
+def _int4_tail(
+    linear: int, output: int, first: int, last: int, x: int, sums: int, out: int, out_step: int, rows: int
+) -> None:
     """The last outputs of a matrix, fewer than a block: torch packs them as neighbouring pairs."""
     packed, scales = get_i64(linear), get_i64(linear + 8 * SCALES)
     n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
@@ -92,7 +94,9 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
 
 
 @njit(nogil=True, error_model="numpy")
-def _int4_64_block(linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int) -> None:
+def _int4_64_block(
+    linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
+) -> None:
     n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
     groups = k // _GROUP
     first, last = part * groups // parts, (part + 1) * groups // parts
@@ -122,7 +126,9 @@ def _int4_64_block(linear: int, output: int, part: int, x: int, sums: int, out: 
 
 
 @njit(nogil=True, error_model="numpy")
-def _int4_32_block(linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int) -> None:
+def _int4_32_block(
+    linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
+) -> None:
     n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
     groups = k // _GROUP
     first, last = part * groups // parts, (part + 1) * groups // parts
@@ -173,7 +179,16 @@ def _row_major_block(
                 _d1(tag, w, step, count, a, k, o, out_step)
         for j in range(4 * quads, width):
             for r in range(min(4, left)):
-                _single(tag, base + j * step, step, count, a + 4 * r * k, k, out + 4 * ((row + r) * out_step + j), out_step)
+                _single(
+                    tag,
+                    base + j * step,
+                    step,
+                    count,
+                    a + 4 * r * k,
+                    k,
+                    out + 4 * ((row + r) * out_step + j),
+                    out_step,
+                )
         row += 4
     scales = get_i64(linear + 8 * SCALES)
     if scales != 0:
@@ -193,7 +208,15 @@ def _multiply_block(
         block = _int4_64_block if tag == types.uint8 else _int4_32_block
 
         def multiply(
-            tag: Any, linear: Any, output: Any, part: Any, x: Any, sums: Any, out: Any, out_step: Any, rows: Any
+            tag: Any,
+            linear: Any,
+            output: Any,
+            part: Any,
+            x: Any,
+            sums: Any,
+            out: Any,
+            out_step: Any,
+            rows: Any,
         ) -> None:
             block(linear, output, part, x, sums, out, out_step, rows)
 

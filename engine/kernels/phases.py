@@ -16,10 +16,28 @@ import numpy as np
 from numba import njit
 
 from engine.kernels.intrinsics import (
-    atomic_add, atomic_get, dot, get_f32, get_i64, give_way, mix, pause, put_f32, put_i64, put_rounded,
+    atomic_add,
+    atomic_get,
+    dot,
+    get_f32,
+    get_i64,
+    give_way,
+    mix,
+    pause,
+    put_f32,
+    put_i64,
+    put_rounded,
 )  # fmt: skip
 from engine.kernels.matmul import INPUTS, LINEAR_FIELDS, OUTPUTS, PARTS, block_width, multiply_block
-from engine.kernels.rows import add_parts, copy_row, exp_row, group_sums, norm_row, rotate_row, silu_times, scale_row
+from engine.kernels.rows import (
+    add_parts,
+    copy_row,
+    exp_row,
+    group_sums,
+    norm_row,
+    rotate_row,
+    silu_times,
+)
 
 # Control block, in int64 fields; the three counters have cache lines of their own.
 SEQUENCE, ARRIVED, TICKETS = 0, 16, 32
@@ -129,7 +147,13 @@ def _norm_rows(control: int, own: int, weight: int) -> None:
 def _add_residual(control: int, own: int, linear: int) -> None:
     """Add a linear's parts to this thread's own copy of the residual rows."""
     count = get_i64(control + 8 * ROWS) * get_i64(control + 8 * HIDDEN_SIZE)
-    add_parts(get_i64(own + 8 * OWN_H), get_i64(control + 8 * PARTS_BUFFER), 4 * count, get_i64(linear + 8 * PARTS), count)
+    add_parts(
+        get_i64(own + 8 * OWN_H),
+        get_i64(control + 8 * PARTS_BUFFER),
+        4 * count,
+        get_i64(linear + 8 * PARTS),
+        count,
+    )
 
 
 @njit(nogil=True, error_model="numpy")
@@ -150,7 +174,11 @@ def _head(control: int, out: int, source: int, part_step: int, parts: int, norm:
 def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> None:
     """Rotated keys and values of all rows that write, into the cache. Every thread writes the same bits,
     which is cheaper than a barrier."""
-    rows, heads, kv_heads = get_i64(control + 8 * ROWS), get_i64(control + 8 * HEADS), get_i64(control + 8 * KV_HEADS)
+    rows, heads, kv_heads = (
+        get_i64(control + 8 * ROWS),
+        get_i64(control + 8 * HEADS),
+        get_i64(control + 8 * KV_HEADS),
+    )
     size, capacity = get_i64(control + 8 * HEAD_DIM), get_i64(control + 8 * CAPACITY)
     width = (heads + 2 * kv_heads) * size
     buffer, scratch = get_i64(control + 8 * QKV_BUFFER), get_i64(own + 8 * OWN_KV)
@@ -167,7 +195,9 @@ def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> N
                 target = get_i64(layer + 8 * KEYS) + (head * capacity + position) * size * kv_size
             else:
                 _head(control, scratch, source, 4 * rows * width, parts, 0, -1)
-                target = get_i64(layer + 8 * VALUES) + ((head - kv_heads) * capacity + position) * size * kv_size
+                target = (
+                    get_i64(layer + 8 * VALUES) + ((head - kv_heads) * capacity + position) * size * kv_size
+                )
             for i in range(size):
                 put_rounded(kv, target + i * kv_size, get_f32(scratch + 4 * i))
 
@@ -175,7 +205,11 @@ def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> N
 @njit(nogil=True, error_model="numpy")
 def _attend(kv: Any, kv_size: int, control: int, own: int, layer: int, row: int, head: int) -> None:
     """One query head of one row over the slots it sees."""
-    rows, heads, kv_heads = get_i64(control + 8 * ROWS), get_i64(control + 8 * HEADS), get_i64(control + 8 * KV_HEADS)
+    rows, heads, kv_heads = (
+        get_i64(control + 8 * ROWS),
+        get_i64(control + 8 * HEADS),
+        get_i64(control + 8 * KV_HEADS),
+    )
     size, capacity = get_i64(control + 8 * HEAD_DIM), get_i64(control + 8 * CAPACITY)
     width = (heads + 2 * kv_heads) * size
     position = get_i64(get_i64(control + 8 * POSITIONS) + 8 * row)
@@ -248,9 +282,15 @@ def _run_layers(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: i
 @njit(nogil=True, error_model="numpy")
 def _run_matmul(tag: Any, control: int, own: int) -> None:
     """``out = linear(norm(hidden))``; the norm is left out where its address is 0."""
-    linear, x, norm = get_i64(control + 8 * LINEAR), get_i64(control + 8 * HIDDEN), get_i64(control + 8 * NORM)
+    linear, x, norm = (
+        get_i64(control + 8 * LINEAR),
+        get_i64(control + 8 * HIDDEN),
+        get_i64(control + 8 * NORM),
+    )
     if norm != 0:
-        copy_row(get_i64(own + 8 * OWN_H), x, get_i64(control + 8 * ROWS) * get_i64(control + 8 * HIDDEN_SIZE))
+        copy_row(
+            get_i64(own + 8 * OWN_H), x, get_i64(control + 8 * ROWS) * get_i64(control + 8 * HIDDEN_SIZE)
+        )
         _norm_rows(control, own, norm)
         x = get_i64(own + 8 * OWN_X)
     _matmul_phase(tag, control, own, linear, x, get_i64(control + 8 * OUT))

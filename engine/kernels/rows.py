@@ -10,7 +10,20 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.intrinsics import (
-    I64, LANES, VF32, VI32, constant, dot, fma, get_f32, load, offset, put_f32, reduce_tree, splat, store,
+    I64,
+    LANES,
+    VF32,
+    VI32,
+    constant,
+    dot,
+    fma,
+    get_f32,
+    load,
+    offset,
+    put_f32,
+    reduce_tree,
+    splat,
+    store,
 )  # fmt: skip
 
 _LOG2_E = 1.44269504088896341
@@ -54,7 +67,9 @@ def add_parts(typingctx: Any, out: Any, parts: Any, step: Any, num_parts: Any, c
             builder.store(load(builder, _at(builder, base, index), VF32), total)
             with cgutils.for_range_slice(builder, I64(1), number, I64(1), I64) as (part, _):
                 row = offset(builder, base, builder.mul(part, part_step))
-                builder.store(builder.fadd(builder.load(total), load(builder, _at(builder, row, index), VF32)), total)
+                builder.store(
+                    builder.fadd(builder.load(total), load(builder, _at(builder, row, index), VF32)), total
+                )
             where = _at(builder, target, index)
             store(builder, builder.fadd(load(builder, where, VF32), builder.load(total)), where)
         return context.get_dummy_value()

@@ -66,7 +66,13 @@ class FusedStepper:
         return self.run_rows(hidden, cache, range(start, start + rows), [True] * rows, first, last)
 
     def run_rows(
-        self, hidden: Tensor, cache: KVCache, positions: Sequence[int], writes: Sequence[bool], first: int, last: int
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        positions: Sequence[int],
+        writes: Sequence[bool],
+        first: int,
+        last: int,
     ) -> Tensor:
         """As :meth:`run_layers`, with a position for each row and whether it writes its key and value.
 

@@ -9,12 +9,26 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.intrinsics import (
-    F32, I8, I64, LANES, VF32, VI32, constant, fma, load, offset, prefetch, reduce_tree, splat, store, widen,
+    F32,
+    I8,
+    I64,
+    LANES,
+    VF32,
+    VI32,
+    constant,
+    fma,
+    load,
+    offset,
+    prefetch,
+    reduce_tree,
+    splat,
+    store,
+    widen,
 )  # fmt: skip
 
 GROUP = 32  # inputs per int4 scale
@@ -58,7 +72,10 @@ def _int4_tile(rows: int, block: int) -> Any:
                         k = builder.add(builder.add(first, inner), I64(step))
                         line = offset(builder, codes, builder.mul(k, I64(block // 2)))
                         raw = [
-                            builder.zext(load(builder, offset(builder, line, LANES * b), ir.VectorType(I8, LANES)), VI32)
+                            builder.zext(
+                                load(builder, offset(builder, line, LANES * b), ir.VectorType(I8, LANES)),
+                                VI32,
+                            )
                             for b in range(half)
                         ]
                         weights = [builder.sitofp(builder.and_(r, constant(15, VI32)), VF32) for r in raw]

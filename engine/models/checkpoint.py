@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from engine.errors import ModelFileError
@@ -42,18 +41,24 @@ class SafetensorsCheckpoint:
         try:
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ModelFileError(f"{folder} has no config.json; choose a folder that holds a model.") from None
+            raise ModelFileError(
+                f"{folder} has no config.json; choose a folder that holds a model."
+            ) from None
         except (ValueError, OSError) as error:
-            raise ModelFileError(f"{folder / 'config.json'} cannot be read; download the model again.") from error
+            raise ModelFileError(
+                f"{folder / 'config.json'} cannot be read; download the model again."
+            ) from error
         self.config = config_from_hf(raw)
         self._where: dict[str, Path] = {}
         self._open: dict[Path, object] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            reason = "only pickled weights, which are never loaded" if list(folder.glob("*.bin")) else "no weights"
+            reason = (
+                "only pickled weights, which are never loaded" if list(folder.glob("*.bin")) else "no weights"
+            )
             raise ModelFileError(f"{folder.name} holds {reason}; choose a model with .safetensors files.")
         for file in files:
-            for name in self._handle(file).keys():  # type: ignore[attr-defined]
+            for name in self._handle(file).keys():  # noqa: SIM118 (no dict)  # type: ignore[attr-defined]
                 self._where[name] = file
 
     def __contains__(self, name: str) -> bool:
@@ -74,7 +79,9 @@ class SafetensorsCheckpoint:
             try:
                 self._open[file] = safe_open(str(file), framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelFileError(f"{file.name} is damaged or incomplete; download the model again.") from error
+                raise ModelFileError(
+                    f"{file.name} is damaged or incomplete; download the model again."
+                ) from error
         return self._open[file]
 
 
@@ -132,5 +139,3 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise ModelFileError(f"{path} does not exist; check the path.")
     raise ModelFileError(f"{path.name} is no model file; choose a .gguf file or a folder with config.json.")
-
-

@@ -70,7 +70,13 @@ class Decoder:
         return F.embedding(ids.to(table.device), table).to(device=self.device, dtype=self.dtype)
 
     def run_layers(
-        self, hidden: Tensor, positions: Tensor, cache: KVCache, first: int, last: int, start: int | None = None
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        first: int,
+        last: int,
+        start: int | None = None,
     ) -> Tensor:
         """Layers ``first .. last - 1`` on ``hidden [B, T, D]`` at ``positions [B, T]``.
 

@@ -153,7 +153,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     """
     arch = file.get("general.architecture")
     if arch not in ("llama", "qwen2", "qwen3"):
-        raise UnsupportedModelError(f"{file.path.name} is a {arch} model, which this version cannot run from GGUF.")
+        raise UnsupportedModelError(
+            f"{file.path.name} is a {arch} model, which this version cannot run from GGUF."
+        )
 
     def need(key: str) -> Any:
         value = file.get(f"{arch}.{key}")
@@ -166,7 +168,9 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     if embedding is None:
         raise ModelFileError(f"{file.path.name} lacks its embedding table; download it again.")
     if int(file.get(f"{arch}.expert_count", 0)):
-        raise UnsupportedModelError(f"{file.path.name} is a mixture of experts, which this version cannot run.")
+        raise UnsupportedModelError(
+            f"{file.path.name} is a mixture of experts, which this version cannot run."
+        )
     layers = int(need("block_count"))
     window = file.get(f"{arch}.attention.sliding_window")
     return ModelConfig(

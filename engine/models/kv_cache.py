@@ -60,7 +60,8 @@ class KVCache:
         try:
             # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN would not be zero.
             fresh = [
-                torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2 * config.num_layers)
+                torch.zeros(shape, dtype=self._dtype, device=self._device)
+                for _ in range(2 * config.num_layers)
             ]
         except (RuntimeError, MemoryError) as error:
             raise OutOfMemoryError(

@@ -37,7 +37,9 @@ class Int4Linear(Linear):
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        multiply = torch._weight_int4pack_mm_for_cpu if rows.device.type == "cpu" else torch._weight_int4pack_mm
+        multiply = (
+            torch._weight_int4pack_mm_for_cpu if rows.device.type == "cpu" else torch._weight_int4pack_mm
+        )
         out = multiply(rows, self.packed, GROUP_SIZE, self.scales_and_zeros)
         if self.bias is not None:
             out = out + self.bias
@@ -79,7 +81,11 @@ class Int4Format:
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type == "cpu":
-            return None if hasattr(torch, "_weight_int4pack_mm_for_cpu") else "this torch has no int4 CPU kernel."
+            return (
+                None
+                if hasattr(torch, "_weight_int4pack_mm_for_cpu")
+                else "this torch has no int4 CPU kernel."
+            )
         if device.type == "cuda":
             if torch.cuda.get_device_capability(device) < (8, 0):
                 return "torch's int4 kernel needs an NVIDIA GPU of compute capability 8.0 or newer."

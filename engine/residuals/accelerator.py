@@ -6,10 +6,8 @@ does not fix more than that; every detail below is our choice:
 
 * ``p`` starts from the token's embedding plus a learned map of a *condition*: the final state of the
   previous token where it is verified, else the stream's own exit state of the previous draft.
-* It first reads the attention (not the MLP) of a few deep ``readers`` layers, whose keys exist for
-  verified tokens only: a row drafted ``j`` steps ahead sees the slots up to its position minus ``1 + j``.
-* Then it travels layers ``0 .. depth - 1``, which the slow rows of the same tokens run in the same
-  batch, so that their keys are complete.
+* It travels layers ``0 .. depth - 1``, which the slow rows of the same tokens run in the same batch,
+  so that their keys are complete.
 * The exit joins ``p`` and the condition in one matrix, then the model's final norm; the LM head, cut
   to a draft vocabulary, gives the draft distribution.
 """
@@ -17,6 +15,7 @@ does not fix more than that; every detail below is our choice:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +32,15 @@ class AcceleratorConfig:
 
     Attributes:
         depth: layers that draft and slow rows share, ``0 .. depth - 1``; verification starts there.
-        readers: deep base layers whose attention the stream reads before layer 0, in order.
-        rank: rank of every adapter; 0 for none.
+        rank: rank of every adapter; 0 for none (the exit alone is trained).
         conditioned: start and exit see the previous token's final (or exit) state.
         draft_vocab_size: how many of the most frequent tokens can be drafted.
     """
 
     depth: int = 4
-    readers: tuple[int, ...] = ()
     rank: int = 64
     conditioned: bool = True
     draft_vocab_size: int = 8192
-
-    @property
-    def path(self) -> tuple[int, ...]:
-        """Base layers in the order the stream runs them: readers, then the shared layers."""
-        return (*self.readers, *range(self.depth))
 
 
 class LowRank(nn.Module):
@@ -66,13 +58,11 @@ class LowRank(nn.Module):
 class LayerAdapters(nn.Module):
     """The adapters of one layer on the path, in parallel with the base matrices."""
 
-    def __init__(self, config: ModelConfig, rank: int, attention_only: bool) -> None:
+    def __init__(self, config: ModelConfig, rank: int) -> None:
         super().__init__()
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         self.q = LowRank(hidden, heads, rank)
         self.o = LowRank(heads, hidden, rank)
-        if attention_only:
-            return
         self.gate_up = LowRank(hidden, 2 * config.intermediate_size, rank)
         self.down = LowRank(config.intermediate_size, hidden, rank)
 
@@ -91,10 +81,7 @@ class Accelerator(nn.Module):
         self.config = config
         self.model = model
         hidden = model.hidden_size
-        self.layers = nn.ModuleList(
-            LayerAdapters(model, config.rank, step < len(config.readers)) if config.rank else nn.Identity()
-            for step in range(len(config.path))
-        )
+        self.layers = nn.ModuleList(LayerAdapters(model, config.rank) for _ in range(config.depth))
         self.start = nn.Parameter(torch.zeros(hidden, hidden)) if config.conditioned else None
         # [D, 2 D]: the stream's own state, then the condition
         width = 2 * hidden if config.conditioned else hidden
@@ -114,34 +101,27 @@ class Accelerator(nn.Module):
         mapped = F.linear(state, self.exit.to(state.dtype))
         return unit_rms(mapped, self.model.norm_eps)
 
-    def queries(self, decoder: Decoder, step: int, state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotated queries ``[B, T, Hq, hd]`` of path step ``step``; keys and values are not projected."""
-        config, layer = self.model, decoder.layers[self.config.path[step]]
+    def queries(self, decoder: Decoder, index: int, state: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotated queries ``[B, T, Hq, hd]`` of layer ``index``; the stream has no keys and values of its own."""
+        config, layer = self.model, decoder.layers[index]
         x = rms_norm(state, layer.attn_norm, config.norm_eps)
-        q = layer.qkv(x)[..., : config.num_heads * config.head_dim]
-        if self.config.rank:
-            q = q + self.layers[step].q(x)
+        q = layer.qkv(x)[..., : config.num_heads * config.head_dim] + self.adapters(index).q(x)
         q = q.view(*x.shape[:-1], config.num_heads, config.head_dim)
         if layer.q_norm is not None:
             q = rms_norm(q, layer.q_norm, config.norm_eps)
         return rotate(q, cos, sin)
 
-    def mix(self, decoder: Decoder, step: int, state: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer after attention: output projection and MLP, with adapters."""
-        layer, adapters = decoder.layers[self.config.path[step]], self.layers[step]
-        ranked = self.config.rank > 0
-        out = layer.o(attended)
-        state = state + (out + adapters.o(attended) if ranked else out)
-        if step < len(self.config.readers):
-            return state
+    def mix(self, decoder: Decoder, index: int, state: Tensor, attended: Tensor) -> Tensor:
+        """The rest of layer ``index`` after attention: output projection and MLP, with adapters."""
+        layer, adapters = decoder.layers[index], self.adapters(index)
+        state = state + layer.o(attended) + adapters.o(attended)
         x = rms_norm(state, layer.mlp_norm, self.model.norm_eps)
-        gate_up = layer.gate_up(x)
-        if ranked:
-            gate_up = gate_up + adapters.gate_up(x)
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = (layer.gate_up(x) + adapters.gate_up(x)).chunk(2, dim=-1)
         inner = F.silu(gate) * up
-        out = layer.down(inner)
-        return state + (out + adapters.down(inner) if ranked else out)
+        return state + layer.down(inner) + adapters.down(inner)
+
+    def adapters(self, index: int) -> LayerAdapters:
+        return cast(LayerAdapters, self.layers[index])
 
     def draft_head(self, decoder: Decoder) -> Tensor:
         """LM head rows of the draft vocabulary, the final norm's gain folded in: ``[Vd, D]``."""

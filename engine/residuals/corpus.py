@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.decoder import Decoder, rms_norm, write_cache
+from engine.models.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def generate_continuations(
         temperatures: per row; 0 is greedy.
         on_step: called with the number of steps done now and then; returning True stops early.
     """
-    device, config = decoder.device, decoder.config
+    device = decoder.device
     batch, longest = len(prompts), max(map(len, prompts))
     width = -(-(longest + max_new_tokens) // 16) * 16
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -106,7 +107,7 @@ def generate_continuations(
 _PREFILL_ROWS = 64
 
 
-def _prefill(decoder: Decoder, cache, rows: slice, tokens: Tensor) -> None:
+def _prefill(decoder: Decoder, cache: KVCache, rows: slice, tokens: Tensor) -> None:
     config = decoder.config
     hidden = decoder.embed(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -122,7 +123,9 @@ def _prefill(decoder: Decoder, cache, rows: slice, tokens: Tensor) -> None:
         hidden = hidden + decoder.mlp(index, x)
 
 
-def _decode_rows(decoder: Decoder, cache, current: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+def _decode_rows(
+    decoder: Decoder, cache: KVCache, current: Tensor, positions: Tensor, slots: Tensor
+) -> Tensor:
     """One token of every row: ``current [B, 1]`` at ``positions [B]`` -> logits ``[B, V]``."""
     config = decoder.config
     where = positions[:, None]
@@ -137,26 +140,23 @@ def _decode_rows(decoder: Decoder, cache, current: Tensor, positions: Tensor, sl
         # The query heads of one KV head are the rows of one attention problem: no head is repeated.
         grouped = q.view(q.shape[0], config.num_kv_heads, config.group_size, config.head_dim)
         mask = visible.expand(-1, config.num_kv_heads, config.group_size, -1)
-        mixed = F.scaled_dot_product_attention(grouped, cache.keys[index], cache.values[index], attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(
+            grouped, cache.keys[index], cache.values[index], attn_mask=mask
+        )
         hidden = hidden + layer.o(mixed.reshape(q.shape[0], 1, -1))
         x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
         hidden = hidden + decoder.mlp(index, x)
     return decoder.logits(hidden)[:, 0]
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Whole-sequence attention for training: ``q [B, T, Hq, hd]``, ``k, v [B, T, Hkv, hd]`` -> ``[B, T, Hq hd]``.
-
-    ``visible [T, T]`` replaces the causal mask.
-    """
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Whole-sequence attention for training: ``q [B, T, Hq, hd]``, ``k, v [B, T, Hkv, hd] -> [B, T, Hq hd]``."""
     batch, rows, heads, _ = q.shape
     group = heads // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if visible is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[None, None])
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+    )
     return out.transpose(1, 2).reshape(batch, rows, -1)
 
 

@@ -2,15 +2,15 @@
 
 One batch: run the base model over whole sequences, keeping keys, values and final states; then run the
 accelerated stream for every position at once. Drafting several tokens ahead is unrolled: in pass ``j``
-each position's condition is the exit state that pass ``j - 1`` gave its left neighbour, and the deep
-keys it may see end ``1 + j`` positions to its left, exactly as in decoding (the unrolling follows
-EAGLE-3's training-time test, arXiv 2503.01840; applying it here is our choice).
+each position's condition is the exit state that pass ``j - 1`` gave its left neighbour, exactly as in
+decoding (the unrolling follows EAGLE-3's training-time test, arXiv 2503.01840; applying it here is
+our choice).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.decoder import Decoder, rms_norm
-from engine.models.rope import rotate
 from engine.residuals.accelerator import Accelerator, unit_rms
 from engine.residuals.corpus import Sequences, causal_attention
 
@@ -51,29 +50,32 @@ class Teacher:
     """What the base model gives for one batch: everything the accelerated stream learns from."""
 
     embedded: Tensor  # [B, T, D]
-    keys: dict[int, Tensor]  # layer -> [B, T, Hkv, hd], rotated
-    values: dict[int, Tensor]
+    keys: list[Tensor]  # of the first layers, [B, T, Hkv, hd], rotated
+    values: list[Tensor]
     final: Tensor  # final state of unit RMS, [B, T, D]
     cos: Tensor
     sin: Tensor
 
 
 @torch.no_grad()
-def run_teacher(decoder: Decoder, tokens: Tensor, keep: tuple[int, ...]) -> Teacher:
-    """The base model over ``tokens [B, T]``; K/V of the layers in ``keep`` are kept."""
+def run_teacher(decoder: Decoder, tokens: Tensor, depth: int) -> Teacher:
+    """The base model over ``tokens [B, T]``; K/V of the first ``depth`` layers are kept."""
     config = decoder.config
     decoder.rope.ensure(tokens.shape[1])
     cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None])
     embedded = hidden = decoder.embed(tokens)
-    keys, values = {}, {}
+    keys, values = [], []
     for index in range(config.num_layers):
         hidden, k, v = _slow_layer(decoder, index, hidden, cos, sin)
-        if index in keep:
-            keys[index], values[index] = k, v
+        if index < depth:
+            keys.append(k)
+            values.append(v)
     return Teacher(embedded, keys, values, unit_rms(hidden, config.norm_eps), cos, sin)
 
 
-def _slow_layer(decoder: Decoder, index: int, hidden: Tensor, cos: Tensor, sin: Tensor):
+def _slow_layer(
+    decoder: Decoder, index: int, hidden: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     config, layer = decoder.config, decoder.layers[index]
     x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
     q, k, v = decoder.project_qkv(index, x, cos, sin)
@@ -82,28 +84,21 @@ def _slow_layer(decoder: Decoder, index: int, hidden: Tensor, cos: Tensor, sin: 
     return hidden + decoder.mlp(index, x), k, v
 
 
-def travel(
-    accelerator: Accelerator, decoder: Decoder, teacher: Teacher, condition: Tensor | None, ahead: int
-) -> Tensor:
-    """The accelerated stream at every position, drafted ``ahead`` steps after a verification: ``[B, T, D]``."""
-    config = accelerator.config
+def travel(accelerator: Accelerator, decoder: Decoder, teacher: Teacher, condition: Tensor | None) -> Tensor:
+    """The accelerated stream at every position, before the exit: ``[B, T, D]``."""
     state = accelerator.begin(teacher.embedded, condition)
-    slots = torch.arange(state.shape[1], device=state.device)
-    verified = slots[None, :] <= slots[:, None] - 1 - ahead  # deep keys: of verified tokens only
-    verified[:, 0] = True  # the first token always is
-    for step, index in enumerate(config.path):
-        q = accelerator.queries(decoder, step, state, teacher.cos, teacher.sin)
-        visible = verified if step < len(config.readers) else None
-        attended = causal_attention(q, teacher.keys[index], teacher.values[index], visible)
-        state = accelerator.mix(decoder, step, state, attended)
+    for index in range(accelerator.config.depth):
+        q = accelerator.queries(decoder, index, state, teacher.cos, teacher.sin)
+        attended = causal_attention(q, teacher.keys[index], teacher.values[index])
+        state = accelerator.mix(decoder, index, state, attended)
     return state
 
 
 def accelerate(
-    accelerator: Accelerator, decoder: Decoder, teacher: Teacher, condition: Tensor | None, ahead: int
+    accelerator: Accelerator, decoder: Decoder, teacher: Teacher, condition: Tensor | None
 ) -> Tensor:
     """As :func:`travel`, through the exit: what stands in for the final state, ``[B, T, D]``."""
-    state = travel(accelerator, decoder, teacher, condition, ahead)
+    state = travel(accelerator, decoder, teacher, condition)
     return accelerator.finish(decoder, state, condition)
 
 
@@ -128,7 +123,7 @@ class Objective:
         device = decoder.device
         tokens = batch.tokens.long().to(device)
         counted = _counted(batch, device).flatten()
-        teacher = run_teacher(decoder, tokens, accelerator.config.path)
+        teacher = run_teacher(decoder, tokens, accelerator.config.depth)
         final = teacher.final.flatten(0, 1)[counted]
         with torch.no_grad():
             full = decoder.weights.lm_head(final * decoder.weights.final_norm.to(final.dtype))
@@ -140,7 +135,7 @@ class Objective:
         loss = torch.zeros((), device=device)
         agreements = []
         for ahead in range(num_passes or config.num_passes):
-            exit_state = accelerate(accelerator, decoder, teacher, condition, ahead)
+            exit_state = accelerate(accelerator, decoder, teacher, condition)
             chosen = exit_state.flatten(0, 1)[counted]
             log_q = F.linear(chosen, self._head).float().log_softmax(-1)
             soft = -(target * log_q).sum(-1).mean()
@@ -151,7 +146,7 @@ class Objective:
             agreements.append(((log_q.argmax(-1) == hard) & in_vocab).float().mean().detach())
             if accelerator.config.conditioned:
                 condition = shift_right(exit_state)
-            elif not accelerator.config.readers:
+            else:
                 break  # every pass would compute the same thing
         return loss, agreements
 
@@ -182,7 +177,9 @@ def batches(data: Sequences, tokens_per_batch: int, seed: int) -> Iterator[Seque
             begin = end
         for group in torch.randperm(len(groups), generator=generator).tolist():
             part = data.select(groups[group])
-            yield Sequences(part.tokens[:, : _padded(int(part.lengths.max()))], part.prompt_lengths, part.lengths)
+            yield Sequences(
+                part.tokens[:, : _padded(int(part.lengths.max()))], part.prompt_lengths, part.lengths
+            )
 
 
 def _padded(length: int) -> int:
@@ -237,16 +234,18 @@ def fit_exit(objective: Objective, data: Iterator[Sequences], num_batches: int, 
     for _ in range(num_batches):
         batch = next(data)
         tokens = batch.tokens.long().to(decoder.device)
-        teacher = run_teacher(decoder, tokens, accelerator.config.path)
+        teacher = run_teacher(decoder, tokens, accelerator.config.depth)
         condition = shift_right(teacher.final) if accelerator.config.conditioned else None
-        state = travel(accelerator, decoder, teacher, condition, 0)
+        state = travel(accelerator, decoder, teacher, condition)
         if condition is not None:
             state = torch.cat((state, condition), dim=-1)
         x = state[_counted(batch, decoder.device)].double()
         gram += x.T @ x
         cross += x.T @ teacher.final[_counted(batch, decoder.device)].double()
     scale = gram.diagonal().mean()
-    solved = torch.linalg.solve(gram + ridge * scale * torch.eye(width, device=gram.device, dtype=gram.dtype), cross)
+    solved = torch.linalg.solve(
+        gram + ridge * scale * torch.eye(width, device=gram.device, dtype=gram.dtype), cross
+    )
     accelerator.exit.copy_(solved.T.float())
 
 
@@ -260,7 +259,9 @@ def evaluate(objective: Objective, data: Sequences, num_passes: int = 6) -> list
         if not new:
             continue
         width = _padded(int(part.lengths.max()))
-        _, agreements = objective(Sequences(part.tokens[:, :width], part.prompt_lengths, part.lengths), num_passes)
+        _, agreements = objective(
+            Sequences(part.tokens[:, :width], part.prompt_lengths, part.lengths), num_passes
+        )
         for ahead in range(num_passes):
             totals[ahead] += float(agreements[min(ahead, len(agreements) - 1)]) * new
         count += new
