@@ -183,7 +183,8 @@ def _stream(
             headers = {"Range": f"bytes={have}-"} if have else {}
             with open_url(remote.url, headers, remote.private_headers, SILENCE_SECONDS) as response:
                 going_on = put((_start_of(response, have), b""))
-                while going_on and (chunk := response.read(CHUNK)):
+                # read1: what is there now; read would wait until a slow line has filled the chunk.
+                while going_on and (chunk := response.read1(CHUNK)):
                     going_on = put((None, chunk))
             put(None)
         except BaseException as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class FusedStepper:
         for index, layer in enumerate(decoder.layers):
             self._describe_layer(index, layer)
         self._final_norm = self._vector(decoder.weights.final_norm)
-        self._cache_seen: tuple[int, int] = (0, -1)
+        self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
         self._rope_seen = -1
         self._score_slots = 0
         self._allocate()
@@ -239,12 +240,13 @@ class FusedStepper:
             self._rope = (rope.cos.contiguous(), rope.sin.contiguous())
             control[phases.COS], control[phases.SIN] = (table.data_ptr() for table in self._rope)
             self._rope_seen = rope.generation
-        seen = (cache.keys[0].data_ptr(), cache.generation)
-        if seen != self._cache_seen:
+        # By identity, not by address: a new cache may start where a freed one did.
+        last, generation = self._cache_seen
+        if last is None or last() is not cache or generation != cache.generation:
             self._layers[:, phases.KEYS] = [keys.data_ptr() for keys in cache.keys]
             self._layers[:, phases.VALUES] = [values.data_ptr() for values in cache.values]
             control[phases.CAPACITY] = cache.capacity
-            self._cache_seen = seen
+            self._cache_seen = (weakref.ref(cache), cache.generation)
         if cache.capacity > self._score_slots:
             self._scores = np.zeros((self.num_threads, cache.capacity + 64), np.float32)
             for rank in range(self.num_threads):

@@ -58,7 +58,7 @@ class SafetensorsCheckpoint:
             )
             raise ModelFileError(f"{folder.name} holds {reason}; choose a model with .safetensors files.")
         for file in files:
-            for name in self._handle(file).keys():  # noqa: SIM118 (no dict)  # type: ignore[attr-defined]
+            for name in self._handle(file).keys():  # type: ignore[attr-defined]  # noqa: SIM118 (no dict)
                 self._where[name] = file
 
     def __contains__(self, name: str) -> bool:
