@@ -55,7 +55,7 @@ ATTN_NORM, MLP_NORM, Q_NORM, K_NORM, WINDOW, KEYS, VALUES, QKV = range(8)
 O_PROJ, GATE_UP_PROJ, DOWN_PROJ = QKV + LINEAR_FIELDS, QKV + 2 * LINEAR_FIELDS, QKV + 3 * LINEAR_FIELDS
 LAYER_FIELDS = QKV + 4 * LINEAR_FIELDS
 
-_SPINS = 4000  # pauses before a waiting thread lets others have its core
+_SPINS = 500  # pauses (about 20 us) before a waiting thread lets others have its core
 _FLOAT32 = np.float32(0.0)
 _MINUS_INFINITY = np.float32(-np.inf)
 
