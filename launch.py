@@ -317,12 +317,14 @@ def explain_failure(said: str) -> str:
     again = "start it again and it continues where it stopped"
     if "No space left on device" in said or "Errno 28" in said:
         return f"The disk is full; free some space, or set SLIPSTREAM_HOME to another disk, then {again}."
+    if "DO NOT MATCH THE HASHES" in said:
+        return f"A package arrived damaged and was thrown away; {again}."
     if any(word in said for word in ("connection broken", "Max retries", "timed out", "Connection", "resol")):
         return f"The packages could not be fetched; check the network connection or the proxy, then {again}."
     if "No matching distribution" in said:
         return (
-            "A package that Slipstream needs does not exist for this system and Python (see above); "
-            "try Python 3.12 from python.org on a 64-bit system."
+            "The package index does not answer, or it has nothing for this system and Python (see above); check "
+            f"the network or the proxy, or take Python 3.12 from python.org on a 64-bit system, then {again}."
         )
     return f"The packages could not be installed (see above); {again}."
 

@@ -71,7 +71,8 @@ class StandIn:
             page = json.dumps({"meta": {"api-version": "1.0"}, "name": project, "files": [entry]})
             kind = "application/vnd.pypi.simple.v1+json"
         else:
-            page = f'<html><body><a href="../../files/{wheel}#sha256=00">{wheel}</a></body></html>'
+            digest = hashlib.sha256(content).hexdigest()
+            page = f'<html><body><a href="../../files/{wheel}#sha256={digest}">{wheel}</a></body></html>'
             kind = "text/html"
         self.pages[f"/simple/{project}/"] = (kind, page.encode())
 
@@ -94,7 +95,8 @@ def serve() -> Iterator[StandIn]:
                 self.send_error(fault.status)
             elif path in state.redirects:
                 self.send_response(302)
-                self.send_header("Location", state.url + state.redirects[path])
+                target = state.redirects[path]
+                self.send_header("Location", target if target.startswith("http") else state.url + target)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
             elif path in state.pages:
