@@ -49,7 +49,7 @@ class ChatStore:
         self._db.execute("PRAGMA foreign_keys=ON")
         self._migrate()
 
-    def list(self) -> list[tuple[int, str]]:
+    def list_chats(self) -> list[tuple[int, str]]:
         """``(id, title)`` of all chats, the latest first."""
         with self._lock:
             return self._db.execute("SELECT id, title FROM chats ORDER BY updated DESC, id DESC").fetchall()
@@ -57,7 +57,9 @@ class ChatStore:
     def create(self, first_message: str) -> int:
         """A new chat, titled by its first words."""
         with self._transaction() as db:
-            row = db.execute("INSERT INTO chats (title, updated) VALUES (?, ?)", (_title(first_message), time.time()))
+            row = db.execute(
+                "INSERT INTO chats (title, updated) VALUES (?, ?)", (_title(first_message), time.time())
+            )
             return int(row.lastrowid or 0)
 
     def messages(self, chat: int) -> list[StoredMessage]:
@@ -108,7 +110,9 @@ class ChatStore:
     def _migrate(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         for number in range(version, len(_MIGRATIONS)):
-            self._db.executescript(f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;")
+            self._db.executescript(
+                f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+            )
 
 
 def _title(text: str) -> str:

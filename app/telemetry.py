@@ -70,10 +70,16 @@ def machine_strip(info: Any | None, memory: Memory, method: str = "plain") -> st
         ]
     cells += [
         ("app", _megabytes(memory.process), "Memory of this process"),
-        ("machine", f"{_gb(memory.machine_used)} / {_gb(memory.machine_total)} GB", "Memory of the machine in use"),
+        (
+            "machine",
+            f"{_gb(memory.machine_used)} / {_gb(memory.machine_total)} GB",
+            "Memory of the machine in use",
+        ),
     ]
     if memory.gpu_used is not None and memory.gpu_total is not None:
-        cells.append(("GPU", f"{_gb(memory.gpu_used)} / {_gb(memory.gpu_total)} GB", "Memory of the GPU in use"))
+        cells.append(
+            ("GPU", f"{_gb(memory.gpu_used)} / {_gb(memory.gpu_total)} GB", "Memory of the GPU in use")
+        )
     return f'<div class="strip quiet">{"".join(map(_cell, cells))}</div>'
 
 
@@ -102,7 +108,9 @@ def _sparkline(rates: Sequence[float]) -> str:
     if len(recent) < 2:
         return ""
     top = max(recent) or 1.0
-    points = " ".join(f"{i * 96 / (len(recent) - 1):.1f},{22 - 20 * r / top:.1f}" for i, r in enumerate(recent))
+    points = " ".join(
+        f"{i * 96 / (len(recent) - 1):.1f},{22 - 20 * r / top:.1f}" for i, r in enumerate(recent)
+    )
     return (
         f'<svg class="spark" viewBox="0 0 96 24" role="img" aria-label="Tokens per second, recent rounds">'
         f'<polyline points="{points}"/></svg>'
