@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from app.chats import ChatStore, StoredMessage
-from app.engine_host import EngineHost
+from app.engine_host import Answering, EngineHost
 from engine.errors import SlipstreamError
 from engine.requests import FinishReason, GenerationRequest, Message, Provenance, SamplingParams
 
@@ -36,7 +36,7 @@ class AnswerUpdate:
 
     Attributes:
         messages: the whole chat, the answer so far last.
-        metrics: the engine's live counters, None while waiting.
+        metrics: the engine's live counters; None where there is nothing new to say.
         rate: tokens/s of the last interval.
         notice: a sentence to show, or none.
     """
@@ -60,34 +60,48 @@ def stream_answer(
 
     Closing the iterator (the page was closed) ends the generation; what was written is stored.
     """
-    store.replace(chat, history)
     answer = StoredMessage("assistant", "")
     turns = (*history, answer)
     finished = False
     try:
-        with host.turns.turn() as ahead:
-            while place := ahead(_WAIT_SECONDS):
-                people = "one question is" if place == 1 else f"{place} questions are"
-                yield AnswerUpdate(turns, notice=f"Waiting: {people} ahead of yours.")
-            for update in _stream(host, history, settings, owner):
-                turns = update.messages
-                yield update
-        finished = True
+        with host.answering(owner) as answering:
+            store.replace(chat, history)
+            try:
+                yield from _wait_for_model(host, answering, turns)
+                with host.turns.turn() as ahead:
+                    while (place := ahead(_WAIT_SECONDS)) and not answering.stopped:
+                        people = "one question is" if place == 1 else f"{place} questions are"
+                        yield AnswerUpdate(turns, notice=f"Waiting: {people} ahead of yours.")
+                    if not answering.stopped:
+                        for update in _stream(host, answering, history, settings):
+                            turns = update.messages
+                            yield update
+                finished = not answering.stopped
+            finally:
+                last = turns[-1]
+                if not finished and last.content:
+                    turns = (*turns[:-1], replace(last, details={**last.details, "stopped": True}))
+                turns = _without_empty(turns)
+                store.replace(chat, turns)
+        if not finished:
+            yield AnswerUpdate(turns)
     except SlipstreamError as error:
         yield AnswerUpdate(_without_empty(turns), notice=str(error), failed=True)
     except Exception:
         _log.exception("an answer failed")
         yield AnswerUpdate(_without_empty(turns), notice=UNEXPECTED, failed=True)
-    finally:
-        host.end(owner)
-        last = turns[-1]
-        if not finished and last.role == "assistant":
-            turns = (*turns[:-1], replace(last, details={**last.details, "stopped": True}))
-        store.replace(chat, _without_empty(turns))
+
+
+def _wait_for_model(
+    host: EngineHost, answering: Answering, turns: tuple[StoredMessage, ...]
+) -> Iterator[AnswerUpdate]:
+    while host.state.stage == "loading" and not answering.stopped:
+        yield AnswerUpdate(turns, notice="Your question is kept; the answer begins when the model is there.")
+        sleep(_WAIT_SECONDS)
 
 
 def _stream(
-    host: EngineHost, history: Sequence[StoredMessage], settings: AnswerSettings, owner: str
+    host: EngineHost, answering: Answering, history: Sequence[StoredMessage], settings: AnswerSettings
 ) -> Iterator[AnswerUpdate]:
     system = [Message("system", settings.system_prompt)] if settings.system_prompt.strip() else []
     request = GenerationRequest(
@@ -97,7 +111,7 @@ def _stream(
         method=settings.method,
     )
     generation = host.session.stream_generate(request)
-    host.begin(owner, generation)
+    answering.attach(generation)
     text, spans = "", _Spans()
     metrics = generation.metrics
     shown, seen_tokens, seen_seconds = monotonic(), 0, 0.0

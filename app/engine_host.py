@@ -10,12 +10,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import SlipstreamError
+from engine.errors import InvalidRequestError, SlipstreamError
 
 if TYPE_CHECKING:
     from engine.progress import Progress
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which model to load, and how."""
+
+    source: str
+    weight_format: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,10 @@ class LoadState:
     stage: str
     message: str
     share: float | None = None
+
+
+Listener = Callable[["Progress"], None]
+Loader = Callable[[ModelChoice, Listener, threading.Event], Any]
 
 
 class TurnQueue:
@@ -60,35 +72,80 @@ class TurnQueue:
                 self._changed.notify_all()
 
 
+class Answering:
+    """One answer that a browser session asked for, from its click to its last token."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._generation: Any = None
+
+    @property
+    def stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def attach(self, generation: Any) -> None:
+        """The engine has begun to compute it."""
+        self._generation = generation
+        if self.stopped:  # stop() may have come before there was anything to cancel
+            generation.cancel()
+
+    def stop(self) -> None:
+        """Ask it to end; it keeps what it has. Also ends the waiting in line."""
+        self._stopped.set()
+        if self._generation is not None:
+            self._generation.cancel()
+
+    def close(self) -> None:
+        """Give the engine back."""
+        self._stopped.set()
+        if self._generation is not None:
+            self._generation.close()
+
+
 class EngineHost:
-    """Loads a session in the background and keeps it.
+    """Loads a session in the background and keeps it; knows who is being answered.
 
     Args:
-        load: builds the session; gets a progress listener. Runs in its own thread.
+        load: builds the session from the choice; gets a progress listener and an event that asks it to
+            stop. Runs in a thread of its own.
     """
 
-    def __init__(self, load: Callable[[Callable[[Progress], None]], Any]) -> None:
+    def __init__(self, load: Loader, choice: ModelChoice) -> None:
         self._load = load
-        self._state = LoadState("loading", "Starting the engine.")
+        self.choice = choice
         self._session: Any = None
-        self._running: dict[str, Any] = {}  # browser session -> Generation
+        self._state = LoadState("loading", "Starting the engine.")
+        self._answering: dict[str, Answering] = {}  # by browser session
         self._lock = threading.Lock()
-        self._cancelled = threading.Event()
+        self._cancel = threading.Event()
+        self._thread: threading.Thread | None = None
         self.turns = TurnQueue()
 
-    def start(self) -> None:
-        """Begin to load (again, after a failure)."""
-        self._cancelled.clear()
-        self._state = LoadState("loading", "Starting the engine.")
-        threading.Thread(target=self._run, name="load-model", daemon=True).start()
+    def start(self, choice: ModelChoice | None = None) -> None:
+        """Begin to load: at first, again after a failure, or another model in place of the present one."""
+        with self._lock:
+            self._cancel.set()  # a load under way gives up at its next report
+            before, self._thread = self._thread, None
+            self._cancel = threading.Event()
+            self.choice = choice or self.choice
+            self._state = LoadState("loading", f"Loading {self.choice.source}.")
+            self._thread = threading.Thread(
+                target=self._run, args=(self.choice, self._cancel, before), name="load-model", daemon=True
+            )
+            self._thread.start()
 
     def cancel_loading(self) -> None:
         """Stop loading at the next report of progress; what was downloaded is kept."""
-        self._cancelled.set()
+        self._cancel.set()
 
     @property
     def state(self) -> LoadState:
         return self._state
+
+    @property
+    def loaded(self) -> Any:
+        """The session, or None while there is none."""
+        return self._session
 
     @property
     def session(self) -> Any:
@@ -97,43 +154,70 @@ class EngineHost:
         Raises:
             SlipstreamError: there is none (yet), with the reason.
         """
-        if self._session is None:
+        session = self._session
+        if session is None:
             raise SlipstreamError(self._state.message)
-        return self._session
+        return session
 
-    def begin(self, owner: str, generation: Any) -> None:
-        """Note the running generation of a browser session, so that :meth:`stop` finds it."""
-        with self._lock:
-            self._running[owner] = generation
+    @contextmanager
+    def answering(self, owner: str) -> Iterator[Answering]:
+        """Be answering ``owner`` (a browser session) while the block runs, so that :meth:`stop` works.
 
-    def end(self, owner: str) -> None:
-        """Close a browser session's generation."""
+        Raises:
+            InvalidRequestError: an answer for this page is being written already.
+        """
         with self._lock:
-            generation = self._running.pop(owner, None)
-        if generation is not None:
-            generation.close()
+            if owner in self._answering:
+                raise InvalidRequestError("An answer is being written; stop it first, or wait for its end.")
+            answering = self._answering[owner] = Answering()
+        try:
+            yield answering
+        finally:
+            answering.close()
+            with self._lock:
+                del self._answering[owner]
 
     def stop(self, owner: str) -> None:
-        """Ask a browser session's generation to stop; it keeps what it has."""
+        """Ask for the end of a browser session's answer, if there is one."""
         with self._lock:
-            generation = self._running.get(owner)
-        if generation is not None:
-            generation.cancel()
+            answering = self._answering.get(owner)
+        if answering is not None:
+            answering.stop()
 
-    def _run(self) -> None:
+    def close(self) -> None:
+        """Unload the model."""
+        self._cancel.set()
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _run(self, choice: ModelChoice, cancel: threading.Event, before: threading.Thread | None) -> None:
+        if before is not None:
+            before.join()
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()  # before the next one is loaded: both might not fit
         try:
-            self._session = self._load(self._report)
-            self._state = LoadState("ready", f"{self._session.info.name} is ready.", 1.0)
+            session = self._load(choice, lambda progress: self._report(progress, cancel), cancel)
         except SlipstreamError as error:
-            stage = "cancelled" if self._cancelled.is_set() else "failed"
-            self._state = LoadState(stage, str(error))
-            _log.exception("the model could not be loaded")
+            self._fail(cancel, str(error))
+        except MemoryError:
+            self._fail(cancel, "There is not enough memory for this model; choose a smaller one.")
         except Exception:
-            self._state = LoadState("failed", "The model could not be loaded; details are in the log.")
-            _log.exception("the model could not be loaded")
+            self._fail(cancel, "The model could not be loaded; details are in the log.")
+        else:
+            self._session = session
+            self._state = LoadState("ready", f"{session.info.name} is ready.", 1.0)
 
-    def _report(self, progress: Progress) -> None:
-        if self._cancelled.is_set():
-            raise SlipstreamError("Loading was stopped; choose Try again to go on where it ended.")
+    def _fail(self, cancel: threading.Event, sentence: str) -> None:
+        _log.exception("the model could not be loaded")
+        if cancel.is_set():
+            self._state = LoadState("cancelled", "Loading was stopped; Try again goes on where it ended.")
+        else:
+            self._state = LoadState("failed", sentence)
+
+    def _report(self, progress: Progress, cancel: threading.Event) -> None:
+        if cancel.is_set():
+            raise SlipstreamError("Loading was stopped.")
         share = progress.done / progress.total if progress.total else None
         self._state = LoadState("loading", progress.message, share)

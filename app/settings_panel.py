@@ -1,0 +1,139 @@
+"""The side panel: what the model is told, how it samples, and which model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from app.conversation import AnswerSettings
+from app.engine_host import EngineHost, ModelChoice
+from app.preferences import PreferenceFile, Preferences
+from engine.errors import InvalidRequestError
+from engine.requests import SamplingParams
+
+FORMATS = [
+    ("Automatic (the fastest that fits)", "auto"),
+    ("4 bit", "int4"),
+    ("8 bit", "int8"),
+    ("16 bit", "bf16"),
+    ("32 bit", "fp32"),
+]
+
+
+@dataclass(frozen=True)
+class SettingsPanel:
+    """The panel's components; ``answer`` are the inputs of :func:`read_settings`, in order."""
+
+    answer: tuple[Any, ...]
+    method: Any
+    reset: Any
+
+
+def read_settings(
+    system_prompt: str,
+    temperature: float,
+    top_p: float,
+    top_k: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: float | None,
+    max_new_tokens: float,
+    method: str | None,
+) -> AnswerSettings:
+    """The values of the panel, checked.
+
+    Raises:
+        InvalidRequestError: one is outside its range (the page keeps them in, another client may not).
+    """
+    if max_new_tokens is None or max_new_tokens != int(max_new_tokens):
+        raise InvalidRequestError("The token limit must be a whole number.")
+    whole_k = int(top_k) if top_k is not None and top_k == int(top_k) else top_k
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=whole_k,  # type: ignore[arg-type]  # checked there
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=None if seed is None else int(seed),
+    )
+    return AnswerSettings(system_prompt or "", sampling, int(max_new_tokens), method or "")
+
+
+def build_settings(preferences: PreferenceFile) -> SettingsPanel:
+    """Lay the panel out in the present container."""
+    values = preferences.value
+    with gr.Group():
+        system_prompt = gr.Textbox(
+            values.system_prompt, label="System prompt", lines=3, max_lines=8, max_length=20000,
+            info="What the model is told before every chat", elem_id="system-prompt",
+        )  # fmt: skip
+    with gr.Group():
+        temperature = gr.Slider(
+            0, 2, values.temperature, step=0.05, label="Temperature", buttons=[],
+            info="0 always takes the likeliest token", elem_id="temperature",
+        )  # fmt: skip
+        top_p = gr.Slider(0.05, 1, values.top_p, step=0.01, label="Top p", buttons=[])
+        max_new_tokens = gr.Slider(
+            16, 8192, values.max_new_tokens, step=16, label="Token limit of an answer", buttons=[],
+            elem_id="max-tokens",
+        )  # fmt: skip
+    method = gr.Radio(choices=[], label="Decoding method", visible=False, elem_id="method")
+    with gr.Accordion("More sampling", open=False):
+        top_k = gr.Slider(0, 200, values.top_k, step=1, label="Top k", info="0 is off", buttons=[])
+        min_p = gr.Slider(0, 1, values.min_p, step=0.01, label="Min p", info="0 is off", buttons=[])
+        penalty = gr.Slider(
+            1,
+            2,
+            values.repetition_penalty,
+            step=0.01,
+            label="Repetition penalty",
+            info="1 is off",
+            buttons=[],
+        )
+        seed = gr.Number(values.seed, label="Seed", precision=0, info="Empty: another answer each time")
+    reset = gr.Button("Back to the defaults", size="sm", variant="secondary")
+    answer = (system_prompt, temperature, top_p, top_k, min_p, penalty, seed, max_new_tokens)
+
+    defaults = Preferences()
+    names = (
+        "system_prompt", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
+        "max_new_tokens",
+    )  # fmt: skip
+    for name, component in zip(names, answer, strict=True):
+        # A default argument binds the name now; gradio passes the component's value alone.
+        def save(value: Any, name: str = name) -> None:
+            preferences.save(**{name: value})
+
+        component.change(save, component, None, queue=False, show_progress="hidden", api_visibility="private")
+    reset.click(
+        lambda: [getattr(defaults, name) for name in names], None, list(answer),
+        queue=False, show_progress="hidden", api_visibility="private",
+    )  # fmt: skip
+    return SettingsPanel((*answer, method), method, reset)
+
+
+def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> Any:
+    """The part that loads another model; returns its button, which the page listens to as well."""
+    from engine import hub
+
+    names = list(dict.fromkeys([hub.DEFAULT_MODEL, *(model.name for model in hub.list_ready_models())]))
+    if host.choice.source not in names:
+        names.insert(0, host.choice.source)
+    model = gr.Dropdown(
+        names, value=host.choice.source, label="Model", allow_custom_value=True, elem_id="model",
+        info="One that is here, a hub repository (owner/name), a folder, or a .gguf file",
+    )  # fmt: skip
+    weight_format = gr.Dropdown(FORMATS, value=host.choice.weight_format, label="Weights")
+    load = gr.Button("Load", size="sm", variant="secondary", elem_id="load-model")
+
+    def change_model(source: str, weights: str) -> None:
+        source = (source or "").strip() or hub.DEFAULT_MODEL
+        preferences.save(model=source, weight_format=weights)
+        host.start(ModelChoice(source, weights))
+
+    return load.click(
+        change_model, [model, weight_format], None, queue=False, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip

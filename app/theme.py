@@ -1,0 +1,34 @@
+"""How the page looks: system fonts, one accent colour, light and dark from the system's setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+STATIC = Path(__file__).parent / "static"
+_SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
+_MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
+
+
+def theme() -> Any:
+    """Neutral surfaces; everything else is in ``static/slipstream.css``."""
+    return gr.themes.Base(
+        primary_hue="teal", secondary_hue="teal", neutral_hue="zinc",
+        font=list(_SANS), font_mono=list(_MONO), text_size="md", radius_size="md",
+    ).set(
+        body_background_fill="white",
+        body_background_fill_dark="*neutral_950",
+        block_border_width="0px",
+        block_shadow="none",
+        button_secondary_background_fill="transparent",
+        button_secondary_background_fill_dark="transparent",
+        button_secondary_border_color="*border_color_primary",
+        button_border_width="1px",
+    )  # fmt: skip
+
+
+def css() -> str:
+    """The page's own style sheet."""
+    return (STATIC / "slipstream.css").read_text(encoding="utf-8")
