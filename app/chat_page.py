@@ -53,7 +53,7 @@ class ChatPage:
 
     def _build(self, preferences: PreferenceFile, private: bool) -> None:
         self._chat = gr.State(None)  # id of the open chat; None before its first message
-        with gr.Sidebar(position="left", open=False, width=280, elem_id="chats"):
+        with gr.Sidebar("Chats", position="left", open=False, width=280, elem_id="chats"):
             new_chat = gr.Button("New chat", size="sm", elem_id="new-chat")
             self._chat_list = gr.Radio(
                 choices=[], label="Chats", show_label=False, container=False, elem_id="chat-list"
@@ -70,9 +70,9 @@ class ChatPage:
                 examples=[{"text": text} for text in EXAMPLES], feedback_options=None, allow_tags=False,
                 group_consecutive_messages=False,
             )  # fmt: skip
-            self._notice = gr.HTML(elem_id="notice")
+            self._notice = _html(elem_id="notice")
             with gr.Row(elem_id="loading", visible=False) as self._loading:
-                self._loading_text = gr.HTML()
+                self._loading_text = _html()
                 stop_loading = gr.Button("Stop", size="sm", min_width=80, scale=0, elem_id="stop-loading")
                 self._try_again = gr.Button(
                     "Try again", size="sm", min_width=96, scale=0, visible=False, elem_id="try-again"
@@ -81,9 +81,9 @@ class ChatPage:
                 label="Message", show_label=False, container=False, placeholder="Ask something", lines=1, max_lines=8,
                 submit_btn=True, autofocus=True, max_length=_MAX_MESSAGE, elem_id="composer",
             )  # fmt: skip
-            self._speed = gr.HTML(telemetry.speed_strip(None), elem_id="speed")
-            self._machine = gr.HTML(elem_id="machine")
-        with gr.Sidebar(position="right", open=False, width=320, elem_id="settings"):
+            self._speed = _html(telemetry.speed_strip(None), elem_id="speed")
+            self._machine = _html(elem_id="machine")
+        with gr.Sidebar("Settings", position="right", open=False, width=320, elem_id="settings"):
             self._settings = build_settings(preferences)
             loads = build_model_choice(self._host, preferences) if private else None
 
@@ -259,6 +259,10 @@ class ChatPage:
     def _machine_strip(self) -> str:
         session = self._host.loaded
         return telemetry.machine_strip(session.info if session else None, telemetry.read_memory())
+
+
+def _html(value: str = "", **options: Any) -> Any:
+    return gr.HTML(value, apply_default_css=False, js_on_load=None, **options)
 
 
 def _owner(request: gr.Request) -> str:

@@ -62,10 +62,11 @@ def machine_strip(info: Any | None, memory: Memory, method: str = "plain") -> st
     """Model, format and memory: what stays the same while tokens stream."""
     cells = []
     if info is not None:
-        kind = f"{info.weight_format} · {info.kernel} · {info.device} · {method}"
+        kind = f"{info.weight_format} · {info.kernel} · {info.device}"
         cells += [
-            ("model", escape(info.name.rsplit("/", 1)[-1]), escape(info.name)),
-            ("runs as", escape(kind), "Weight format, kernels, device, decoding method"),
+            ("", escape(info.name.rsplit("/", 1)[-1]), escape(info.name)),
+            ("", escape(kind), "Weight format, kernels, device"),
+            ("", escape(method), "Decoding method"),
             ("weights", _megabytes(info.weight_bytes), "Weights that one decoding step reads"),
         ]
     cells += [
@@ -100,7 +101,8 @@ def notice(sentence: str, kind: str = "info") -> str:
 
 def _cell(cell: tuple[str, str, str]) -> str:
     name, value, hint = cell
-    return f'<span class="cell" title="{hint}"><b>{value}</b><small>{name}</small></span>'
+    label = f"<small>{name}</small>" if name else ""
+    return f'<span class="cell" title="{hint}"><b>{value}</b>{label}</span>'
 
 
 def _sparkline(rates: Sequence[float]) -> str:
