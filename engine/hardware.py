@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -198,6 +199,14 @@ def copy_bandwidth(threads: int | None = None, seconds: float = 1.0, size: int =
     going = False
     start.wait()
     return buffer.nbytes / best
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what short-lived large buffers grew it by."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 def _read(path: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import ModelFileError, UnsupportedModelError
+from engine.hardware import return_free_memory
 from engine.session import ModelInfo, Session
 from engine.threads import set_threads
 from engine.tokenizer import load_tokenizer
@@ -57,6 +58,7 @@ def load_session(
     session = Session(model.backend, tokenizer, info, threads)
     report("warm up", 0.0, "Warming up.")
     session.warm_up()
+    return_free_memory()
     report("ready", 1.0, f"{name} is ready.")
     return session
 
@@ -69,6 +71,7 @@ def _load_decoder(
 
     weight_format, notes = pick_format(path, weight_format, device)
     decoder = load_decoder(path, weight_format, device, on_progress)
+    return_free_memory()  # before the kernels are compiled: that takes some as well
     return LoadedModel(
         DecoderBackend(decoder), decoder.config.model_type, count_parameters(decoder), weight_format,
         str(decoder.device), decoder.weight_bytes, notes,

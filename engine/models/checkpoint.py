@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from engine.errors import ModelFileError
@@ -20,8 +21,8 @@ class Checkpoint(Protocol):
 
     def __contains__(self, name: str) -> bool: ...
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor as stored, or float32 if it is stored quantized."""
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor as ``dtype``; by default as stored, or float32 if it is stored quantized."""
 
     def groups(self, name: str) -> GroupQuantized | None:
         """The matrix as 4-bit groups, if it is stored so and converts code by code."""
@@ -64,10 +65,11 @@ class SafetensorsCheckpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._where:
             raise ModelFileError(f"{self.folder.name} lacks the weight {name}; download the model again.")
-        return self._handle(self._where[name]).get_tensor(name)  # type: ignore[attr-defined]
+        stored: Tensor = self._handle(self._where[name]).get_tensor(name)  # type: ignore[attr-defined]
+        return stored if dtype is None else stored.to(dtype)
 
     def groups(self, name: str) -> GroupQuantized | None:
         return None
@@ -105,10 +107,10 @@ class GgufCheckpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name not in self._names:
             raise ModelFileError(f"{self.file.path.name} lacks the weight {name}; download the model again.")
-        return self._unpermute(name, self.file.dequantize(self._names[name]))
+        return self._unpermute(name, self.file.dequantize(self._names[name], dtype or torch.float32))
 
     def groups(self, name: str) -> GroupQuantized | None:
         groups = self.file.groups(self._names[name])

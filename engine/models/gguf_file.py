@@ -20,6 +20,8 @@ from engine.models.config import ModelConfig, RopeConfig
 from engine.models.gguf_header import TensorEntry, read_header
 from engine.quantization.base import GroupQuantized
 
+_ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class GgufTensor:
@@ -77,22 +79,26 @@ class GgufFile:
             value = value.tolist()
         return default if value is None else value
 
-    def dequantize(self, name: str) -> Tensor:
-        """The tensor as float32 (a copy), in row-major ``[N, K]``."""
+    def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The tensor as ``dtype`` (a copy), in row-major ``[N, K]``."""
         import gguf
 
         tensor = self.tensors[name]
-        shape = tuple(int(n) for n in reversed(tensor.shape))
+        values = torch.empty(tuple(reversed(tensor.shape)), dtype=dtype)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                values = gguf.dequantize(tensor.data, tensor.tensor_type)
+                for start in range(0, len(tensor.data), _ROWS_AT_ONCE):  # a piece at a time in float32
+                    piece = gguf.dequantize(tensor.data[start : start + _ROWS_AT_ONCE], tensor.tensor_type)
+                    values[start : start + _ROWS_AT_ONCE] = torch.from_numpy(
+                        piece.astype(np.float32, copy=False)
+                    )
         except (NotImplementedError, KeyError) as error:
             raise UnsupportedModelError(
                 f"{self.path.name} uses the tensor type {tensor.tensor_type.name}, which cannot be read; "
                 "choose another quantization of this model."
             ) from error
-        return torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
+        return values
 
     def groups(self, name: str) -> GroupQuantized | None:
         """4-bit groups of a Q4_0, Q4_1 or Q4_K matrix, code by code; None for other types."""

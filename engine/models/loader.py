@@ -98,12 +98,14 @@ class _Packer:
                 torch.cat([g.minimum for g in known]),
             )
         else:
-            weight = torch.cat([checkpoint.tensor(name) for name in names])
+            parts = [checkpoint.tensor(name) for name in names]
+            weight = torch.cat(parts) if len(parts) > 1 else parts[0]  # one is not copied: a head is large
+            del parts
         return self._format.pack(weight, bias, self._device)
 
     def _table(self) -> Tensor:
-        table = self._checkpoint.tensor("model.embed_tokens.weight")
-        return table.to(device=self._device, dtype=self._format.activation_dtype)
+        table = self._checkpoint.tensor("model.embed_tokens.weight", self._format.activation_dtype)
+        return table.to(self._device)
 
     def _vector(self, name: str) -> Tensor:
         wide = torch.float64 if self._format.activation_dtype == torch.float64 else torch.float32

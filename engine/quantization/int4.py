@@ -13,6 +13,9 @@ from torch import Tensor
 from engine.quantization.base import GroupQuantized, Linear
 
 GROUP_SIZE = 32
+# Large matrices are packed piece by piece, so that the peak stays near the packed size. The packed layout
+# interleaves blocks of up to 64 rows, so pieces of 1024 rows join to the same bytes.
+_ROWS_AT_ONCE = 1024
 _INNER_K_TILES = 8  # tinygemm's own blocking parameter on CUDA
 
 
@@ -64,6 +67,15 @@ def quantize_groups(weight: Tensor) -> GroupQuantized:
 
     The scale and the middle are rounded to bf16 first, and the codes fitted to the rounded values.
     """
+    parts = [_quantize_rows(rows) for rows in weight.split(_ROWS_AT_ONCE)]
+    return GroupQuantized(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat([part.minimum for part in parts]),
+    )
+
+
+def _quantize_rows(weight: Tensor) -> GroupQuantized:
     rows, columns = weight.shape
     groups = weight.float().view(rows, columns // GROUP_SIZE, GROUP_SIZE)
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
@@ -100,7 +112,8 @@ class Int4Format:
         scales_and_zeros = torch.stack((weight.scale, zero), dim=-1).transpose(0, 1).contiguous().bfloat16()
         out_features, in_features = weight.codes.shape
         if device.type == "cpu":
-            packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+            parts = weight.codes.split(_ROWS_AT_ONCE)
+            packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
         else:
             codes = weight.codes.to(device)
             # tinygemm takes two codes a byte, the even column in the high half
