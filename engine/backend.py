@@ -14,6 +14,7 @@ from engine.models.kv_cache import KVCache
 from engine.models.stepper import make_stepper
 
 if TYPE_CHECKING:
+    from engine.decoding.m2r2 import M2R2
     from engine.models.stepper import Stepper
 
 # Small enough that the stop flag is obeyed soon even on a large model, large enough for full speed.
@@ -43,7 +44,8 @@ class DecoderBackend:
         self.stepper = stepper or make_stepper(decoder)
         self.kernel = self.stepper.name
         self.context_length = decoder.config.context_length
-        self.factories = method_factories(self.stepper)
+        self.m2r2 = _m2r2(self.stepper)
+        self.factories = method_factories(self.stepper, self.m2r2)
 
     def methods(self) -> tuple[str, ...]:
         return tuple(self.factories)
@@ -64,4 +66,16 @@ class DecoderBackend:
 
     def close(self) -> None:
         self.factories.clear()
-        del self.decoder, self.stepper  # running steps keep their own references to the end
+        del self.decoder, self.stepper, self.m2r2  # running steps keep their own references to the end
+
+
+def _m2r2(stepper: Stepper) -> M2R2 | None:
+    """Accelerated decoding, if there is an accelerator for this model."""
+    from engine.decoding.m2r2 import M2R2
+    from engine.residuals.adapter_file import find_adapter, load_accelerator
+    from engine.residuals.drafter import make_drafter
+
+    path = find_adapter(stepper.decoder)
+    if path is None:
+        return None
+    return M2R2(lambda: make_drafter(stepper, load_accelerator(path, stepper.decoder)))

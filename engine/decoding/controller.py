@@ -1,0 +1,259 @@
+"""How far to draft: a small economist that weighs measured costs against measured luck. All our choice.
+
+What it knows, all of it measured while decoding: the time of a plain step, of a draft step, of verifying so
+many rows; and how often drafts of a given confidence were right. From these:
+
+* a draft is kept if the chance that it and all before it are right is worth more, at the going rate of
+  tokens per second, than the row that it adds to the verification;
+* another draft is made if the same holds for it, its own cost included;
+* if rounds that draft do not beat plain steps, drafting is switched off for a while, and tried again later.
+
+The output is the same whatever it decides; only the speed differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+MAX_DRAFTS = 7
+_BINS = 8  # of confidence, for calibration
+_PRIOR = 3.0  # observations' worth of trust in the draft's own confidence
+_FADE = 0.998  # per observation: old luck counts less
+_SAMPLES = 9  # timings kept of each kind; their median counts
+_ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
+# Forced numbers of drafts at first, so that every cost is known; the first of each kind may be cold.
+_SCHEDULE = (0, 1, 0, 1, 2, 3, 0, 2, 3, 1)
+_REFRESH = 48  # rounds between two forced ones that keep rarely seen costs fresh
+_WINDOW = 32  # drafting rounds that are judged together
+_EARLY = 12  # a clear loss is seen sooner
+_PAUSE, _LONGEST_PAUSE = 64, 1024  # plain rounds until drafting is tried again
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round as it went: what was drafted, kept and accepted, and what it took, in seconds.
+
+    Attributes:
+        drafted: a draft step ran.
+        confidences: of each draft step, the dropped last one included.
+        num_drafts: drafts that were verified.
+    """
+
+    drafted: bool
+    confidences: tuple[float, ...]
+    num_drafts: int
+    num_accepted: int
+    draft_seconds: float
+    verify_seconds: float
+
+
+class DepthController:
+    """Decides round by round; one per loaded model, so that what it learns carries over to the next answer.
+
+    Args:
+        max_drafts: never draft more.
+        fixed: always draft this many (0: never), whatever it costs: for tests and measurements.
+    """
+
+    def __init__(self, max_drafts: int = MAX_DRAFTS, fixed: int | None = None) -> None:
+        self.max_drafts = max_drafts
+        self._fixed = fixed
+        self._times: dict[str, deque[float]] = {}
+        self._right = [_PRIOR * (bin_ + 0.5) / _BINS for bin_ in range(_BINS)]
+        self._seen = [_PRIOR] * _BINS
+        self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
+        self._rounds = 0
+        self._forced: int | None = None
+        self._limit = 0
+        self._tokens = self._seconds = 0.0  # of the drafting rounds under judgement
+        self._judged = 0
+        self._paused = 0  # plain rounds left
+        self._pause = _PAUSE
+        self.reason: str | None = None
+
+    @property
+    def is_off(self) -> bool:
+        """Is drafting switched off at the moment? ``reason`` then holds one sentence for people."""
+        return self._paused > 0
+
+    def plan(self, limit: int) -> bool:
+        """Should this round draft at all, where at most ``limit`` drafts are allowed?"""
+        self._limit = min(limit, self.max_drafts)
+        self._forced = self._fixed if self._fixed is not None else self._scheduled()
+        if self._limit < 1 or self._forced == 0:
+            return False
+        return self._forced is not None or not self.is_off
+
+    def keep(self, confidences: list[float]) -> bool:
+        """Is the last draft worth verifying?"""
+        if self._forced is not None:
+            return True
+        count = len(confidences)
+        cost = self._verify(count, dropped=False) - self._verify(count - 1, dropped=True)
+        return self._chance(confidences) > self._rate() * cost
+
+    def more(self, confidences: list[float]) -> bool:
+        """Is another draft worth making after these, all kept?"""
+        count = len(confidences)
+        if count >= self._limit:
+            return False
+        if self._forced is not None:
+            return count < self._forced
+        cost = (
+            self._draft_step() + self._verify(count + 1, dropped=False) - self._verify(count, dropped=False)
+        )
+        return self._chance(confidences) * self._next_right / self._next_seen > self._rate() * cost
+
+    def observe(self, record: RoundRecord) -> None:
+        """Learn from a finished round."""
+        self._rounds += 1
+        if not record.drafted:
+            self._note("plain", record.verify_seconds)
+            if self._paused:
+                self._paused -= 1
+            return
+        dropped = len(record.confidences) > record.num_drafts
+        expected = self._expected_seconds(record, dropped)
+        self._note("draft", record.draft_seconds / len(record.confidences))
+        self._note(f"{'dropped' if dropped else 'verify'} {record.num_drafts}", record.verify_seconds)
+        for position, confidence in enumerate(record.confidences[: record.num_drafts]):
+            if position > record.num_accepted:
+                break  # behind a wrong draft nothing is known
+            self._learn(confidence, position < record.num_accepted)
+        if self._forced is None:
+            # A hiccup of the machine says nothing about drafting.
+            seconds = min(record.draft_seconds + record.verify_seconds, 2 * expected)
+            self._judge(record.num_accepted + 1, seconds)
+
+    def summary(self) -> dict[str, Any]:
+        """Measured costs in milliseconds and acceptance, for reports and the telemetry."""
+        costs = {name: round(1e3 * median(times), 3) for name, times in sorted(self._times.items())}
+        return {"costs_ms": costs, "acceptance": self._next_right / self._next_seen, "reason": self.reason}
+
+    def export(self) -> dict[str, Any]:
+        """Everything learnt, as JSON; the caller keeps it per model and machine."""
+        return {
+            "version": 1,
+            "times": {name: list(times) for name, times in self._times.items()},
+            "right": self._right,
+            "seen": self._seen,
+            "next": [self._next_right, self._next_seen],
+            "rounds": self._rounds,
+            "pause": self._pause,
+            "paused": self._paused,
+            "reason": self.reason,
+        }
+
+    def restore(self, state: Any) -> bool:
+        """Take over what :meth:`export` gave; False, and nothing changed, if it is not of this version or broken."""
+        try:
+            if state["version"] != 1:
+                return False
+            times = {
+                str(k): deque((_number(t) for t in v), maxlen=_SAMPLES)
+                for k, v in state["times"].items()
+                if v
+            }
+            right, seen = [_number(x) for x in state["right"]], [_number(x) for x in state["seen"]]
+            next_right, next_seen = (_number(x) for x in state["next"])
+            counts = [int(_number(state[name])) for name in ("rounds", "pause", "paused")]
+            if len(right) != _BINS or len(seen) != _BINS or min(*seen, next_seen) <= 0:
+                return False
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return False
+        self._times, self._right, self._seen = times, right, seen
+        self._next_right, self._next_seen = next_right, next_seen
+        self._rounds, self._pause, self._paused = counts
+        self._pause = min(max(self._pause, _PAUSE), _LONGEST_PAUSE)
+        self.reason = state.get("reason") if self._paused else None
+        return True
+
+    def _scheduled(self) -> int | None:
+        """A forced number of drafts for this round, or None."""
+        if self._rounds < len(_SCHEDULE):
+            return min(_SCHEDULE[self._rounds], self._limit)
+        if self.is_off or self._rounds % _REFRESH:
+            return None
+        turn = self._rounds // _REFRESH % 4
+        return 0 if turn % 2 == 0 else min(1 + turn, self._limit)
+
+    def _learn(self, confidence: float, was_right: bool) -> None:
+        bin_ = _bin(confidence)
+        self._right[bin_] = self._right[bin_] * _FADE + was_right
+        self._seen[bin_] = self._seen[bin_] * _FADE + 1
+        self._next_right = self._next_right * _FADE + was_right
+        self._next_seen = self._next_seen * _FADE + 1
+
+    def _chance(self, confidences: list[float]) -> float:
+        """That all of these drafts are right."""
+        return math.prod(self._right[_bin(c)] / self._seen[_bin(c)] for c in confidences)
+
+    def _judge(self, tokens: int, seconds: float) -> None:
+        self._tokens += tokens
+        self._seconds += seconds
+        self._judged += 1
+        plain = self._plain()
+        ratio = self._tokens / self._seconds * plain
+        if self._judged >= _WINDOW or (self._judged >= _EARLY and ratio < 0.9):
+            if ratio < 1:
+                self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+                self.reason = self._sentence(ratio)
+            else:
+                self._pause, self.reason = _PAUSE, None
+            self._tokens, self._seconds, self._judged = 0.0, 0.0, 0
+
+    def _sentence(self, ratio: float) -> str:
+        share = self._next_right / self._next_seen
+        return (
+            f"Acceleration is off for now: {share:.0%} of the drafts were right, and a draft costs "
+            f"{1e3 * self._draft_step():.1f} ms beside a plain step's {1e3 * self._plain():.1f} ms, so drafting "
+            f"ran at {ratio:.2f} times the plain speed."
+        )
+
+    def _rate(self) -> float:
+        """Tokens per second that time is worth now: the better of plain and drafting."""
+        plain = 1 / self._plain()
+        return max(plain, self._tokens / self._seconds) if self._judged >= _EARLY else plain
+
+    def _expected_seconds(self, record: RoundRecord, dropped: bool) -> float:
+        return len(record.confidences) * self._draft_step() + self._verify(record.num_drafts, dropped)
+
+    def _note(self, name: str, seconds: float) -> None:
+        self._times.setdefault(name, deque(maxlen=_SAMPLES)).append(max(seconds, 1e-9))
+
+    def _time(self, name: str) -> float | None:
+        times = self._times.get(name)
+        return median(times) if times else None
+
+    def _plain(self) -> float:
+        return self._time("plain") or 1.0
+
+    def _draft_step(self) -> float:
+        return self._time("draft") or 0.2 * self._plain()
+
+    def _verify(self, drafts: int, dropped: bool) -> float:
+        """Seconds to verify ``drafts``; ``dropped``: one more was drafted, so the last row is already under way."""
+        known = self._time(f"{'dropped' if dropped else 'verify'} {drafts}")
+        if known is not None:
+            return known
+        if dropped:
+            # about a plain step's share of the draft layers is done
+            full = self._plain() if drafts == 0 else self._verify(drafts, dropped=False)
+            return max(0.8 * full, full - 0.7 * self._draft_step())
+        below = self._verify(drafts - 1, dropped=False) if drafts > 1 else self._plain()
+        return below + _ROW_SHARE * self._plain()
+
+
+def _bin(confidence: float) -> int:
+    return min(_BINS - 1, max(0, int(confidence * _BINS)))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number) or number < 0:
+        raise ValueError(value)
+    return number

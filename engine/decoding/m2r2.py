@@ -1,0 +1,122 @@
+"""M2R2 self-speculative decoding: the accelerated residual stream drafts, the model verifies.
+
+A round, from the last token ``t`` at position ``L`` (the cache holds ``L`` tokens):
+
+1. Draft, up to ``d`` times: the slow row and the accelerated row of the last token through layers
+   ``[0, k)``; the exit gives the next draft. The slow row's keys, values and state are kept.
+2. Verify: all kept slow states through layers ``[k, N)`` in one pass, then the head.
+3. Accept the longest prefix that the model itself would have chosen, and one token of the model's own.
+4. Roll back: the cache's length is set behind the last accepted token.
+
+The accelerated row starts from what is known of the position before it: its verified final state for the
+first draft, the stream's own exit state for the later ones (our choice; see ``engine.residuals``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from engine.decoding.acceptance import accept_chain
+from engine.decoding.base import Step, TokenSequence
+from engine.decoding.controller import DepthController, RoundRecord
+from engine.requests import Provenance
+from engine.residuals.drafter import Drafter
+
+
+class M2R2Decoding:
+    """Self-speculation with a trained accelerator; the controller chooses how far to draft."""
+
+    name = "m2r2"
+    lossless = True
+
+    def __init__(self, drafter: Drafter, controller: DepthController) -> None:
+        self._drafter, self._controller = drafter, controller
+        self._stepper = drafter.stepper
+        self._num_layers = drafter.stepper.decoder.config.num_layers
+
+    def start(self, sequence: TokenSequence) -> None:
+        self._sequence = sequence
+        self._final: Tensor | None = None  # last verified position's state; the prefill keeps none
+
+    def step(self, max_tokens: int) -> Step:
+        started = perf_counter()
+        sequence, stepper, drafter = self._sequence, self._stepper, self._drafter
+        cache, ids, split = sequence.cache, sequence.ids, self._drafter.depth
+        start = cache.length
+        drafts, slow, confidences = self._draft(ids[-1], min(max_tokens, stepper.max_rows) - 1)
+        drafted = perf_counter()
+
+        if not slow:  # nothing was drafted: a plain step
+            hidden = stepper.run_layers(stepper.embed(ids[-1:]), cache, start, 0, self._num_layers)
+        else:
+            if len(slow) == len(drafts):  # the last draft has not been fed yet
+                last = stepper.embed(drafts[-1:])
+                slow.append(stepper.run_layers(last, cache, start + len(drafts), 0, split))
+            hidden = stepper.run_layers(torch.cat(slow), cache, start, split, self._num_layers)
+        accepted = accept_chain(stepper.logits(hidden), drafts, ids, sequence.sampler)
+        cache.length = start + accepted + 1
+        self._final = hidden[accepted]
+
+        ended = perf_counter()
+        self._controller.observe(
+            RoundRecord(
+                len(slow) > 0, tuple(confidences), len(drafts), accepted, drafted - started, ended - drafted
+            )
+        )
+        own = Provenance.BONUS if drafts and accepted == len(drafts) else Provenance.VERIFIED
+        return Step(
+            tuple(ids[start + 1 :]), (Provenance.DRAFTED,) * accepted + (own,), len(drafts), accepted,
+            drafted - started, ended - drafted,
+        )  # fmt: skip
+
+    def _draft(self, token: int, limit: int) -> tuple[list[int], list[Tensor], list[float]]:
+        """Drafted tokens, the slow states of all fed tokens, and the confidence of each draft step.
+
+        The last draft may have been dropped as too unsure; the state of the token before it stays useful.
+        """
+        drafts: list[int] = []
+        slow: list[Tensor] = []
+        confidences: list[float] = []
+        controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
+        if self._final is None or not controller.plan(limit):
+            return drafts, slow, confidences
+        condition = drafter.condition(self._final)
+        while True:
+            draft = drafter.draft(token, condition, cache, cache.length + len(drafts))
+            slow.append(draft.slow_state)
+            confidences.append(draft.confidence)
+            if not controller.keep(confidences):
+                return drafts, slow, confidences
+            drafts.append(draft.token)
+            if len(drafts) >= limit or not controller.more(confidences):
+                return drafts, slow, confidences
+            token, condition = draft.token, draft.exit_state
+
+
+class M2R2:
+    """What all generations of one loaded model share: the drafter, built on first use, and the controller.
+
+    Args:
+        make_drafter: loads the accelerator; may take a moment and some megabytes.
+    """
+
+    def __init__(
+        self, make_drafter: Callable[[], Drafter], controller: DepthController | None = None
+    ) -> None:
+        self._make_drafter = make_drafter
+        self._drafter: Drafter | None = None
+        self.controller = controller or DepthController()
+
+    def new_method(self) -> M2R2Decoding:
+        """A method for one generation.
+
+        Raises:
+            AdapterError: the accelerator's file is damaged.
+        """
+        if self._drafter is None:
+            self._drafter = self._make_drafter()
+        return M2R2Decoding(self._drafter, self.controller)

@@ -1,0 +1,137 @@
+"""One draft step: the slow row of a token and its accelerated row through the first layers, and the exit.
+
+The slow row is the model's own computation: its keys and values go into the cache and its state is what
+verification continues from, so nothing of it is computed twice. The accelerated row only reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.models.attention import attend
+from engine.models.decoder import Decoder, rms_norm, write_cache
+from engine.models.kv_cache import KVCache
+from engine.models.rope import rotate
+from engine.models.stepper import Stepper
+from engine.quantization.base import GroupQuantized, Linear
+from engine.quantization.dense import DenseLinear
+from engine.quantization.int4 import Int4Format, Int4Linear
+from engine.quantization.int8 import Int8Linear
+from engine.residuals.accelerator import Accelerator, unit_rms
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What one draft step gives.
+
+    Attributes:
+        token: the drafted token that should follow.
+        confidence: its probability under the draft distribution.
+        slow_state: ``[1, D]``, the fed token's own state after the draft layers.
+        exit_state: ``[D]``, the condition of the next draft step.
+    """
+
+    token: int
+    confidence: float
+    slow_state: Tensor
+    exit_state: Tensor
+
+
+class Drafter(Protocol):
+    """Drafts one token at a time on a loaded model."""
+
+    depth: int  # layers that a draft step runs
+    stepper: Stepper  # what verification continues on
+
+    def condition(self, final: Tensor) -> Tensor:
+        """The condition ``[D]`` that a verified position's last state ``[D]`` gives its successor."""
+
+    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
+        """Feed ``token`` at ``position``: writes the draft layers' keys and values there."""
+
+
+class TorchDrafter:
+    """Both rows in one batch through torch: every device and weight format. For a :class:`TorchStepper`."""
+
+    def __init__(self, stepper: Stepper, accelerator: Accelerator) -> None:
+        decoder = stepper.decoder
+        self.stepper, self.decoder = stepper, decoder
+        self.accelerator = accelerator.to(decoder.device, decoder.dtype).requires_grad_(False)
+        self.depth = accelerator.config.depth
+        self._vocab = accelerator.draft_vocab.tolist()
+        self._head = cut_head(decoder, accelerator.draft_vocab)
+
+    def condition(self, final: Tensor) -> Tensor:
+        return unit_rms(final, self.decoder.config.norm_eps)
+
+    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
+        decoder, accelerator = self.decoder, self.accelerator
+        cache.ensure(position + 1)
+        slots = min(cache.capacity, -(-(position + 1) // 16) * 16)
+        decoder.rope.ensure(slots)
+        here = torch.tensor([[position]], device=decoder.device)
+        embedded = decoder.embed(torch.tensor([[token]]))[0]  # [1, D]
+        rows = torch.cat((embedded, accelerator.begin(embedded, condition)))[None]  # [1, 2, D]
+        for index in range(self.depth):
+            rows = self._layer(index, rows, here, cache, slots)
+        exit_state = accelerator.finish(decoder, rows[0, 1], condition)
+        gain = decoder.weights.final_norm.to(exit_state.dtype)
+        logits = self._head((exit_state * gain)[None])[0].float()
+        best = logits.max(dim=-1)
+        confidence = float((best.values - logits.logsumexp(-1)).exp())
+        return Draft(self._vocab[int(best.indices)], confidence, rows[0, :1], exit_state)
+
+    def _layer(self, index: int, rows: Tensor, here: Tensor, cache: KVCache, slots: int) -> Tensor:
+        decoder, config = self.decoder, self.decoder.config
+        layer, adapters = decoder.layers[index], self.accelerator.adapters(index)
+        cos, sin = decoder.rope.rows(here)
+        x = rms_norm(rows, layer.attn_norm, config.norm_eps)
+        mixed = layer.qkv(x)
+        width = config.num_heads * config.head_dim
+        mixed[:, 1:, :width] += adapters.q(x[:, 1:])
+        heads = mixed.view(1, 2, -1, config.head_dim)
+        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
+        write_cache(cache, index, here, rotate(k[:, :1], cos, sin), v[:, :1])
+        keys, values = cache.keys[index][:, :, :slots], cache.values[index][:, :, :slots]
+        q = rotate(q, cos, sin)
+        attended = attend(q, keys, values, here.expand(1, 2), config.sliding_window(index))
+        out = layer.o(attended)
+        out[:, 1:] += adapters.o(attended[:, 1:])
+        rows = rows + out
+        x = rms_norm(rows, layer.mlp_norm, config.norm_eps)
+        wide = layer.gate_up(x)
+        wide[:, 1:] += adapters.gate_up(x[:, 1:])
+        gate, up = wide.chunk(2, dim=-1)
+        inner = torch.nn.functional.silu(gate) * up
+        out = layer.down(inner)
+        out[:, 1:] += adapters.down(inner[:, 1:])
+        return rows + out
+
+
+def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
+    """The LM head's rows of ``draft_vocab``, in the head's own weight format and with its own codes."""
+    head, keep = decoder.weights.lm_head, draft_vocab.to(decoder.device)
+    bias = None if head.bias is None else head.bias[keep]
+    if isinstance(head, DenseLinear):
+        return DenseLinear(head.weight[keep].contiguous(), bias)
+    if isinstance(head, Int8Linear):
+        return Int8Linear(head.weight[keep].contiguous(), head.scales[keep].contiguous(), bias)
+    if isinstance(head, Int4Linear):
+        scale, zero = head.scales_and_zeros.float()[:, keep].permute(2, 1, 0)  # each [Vd, K / 32]
+        groups = head.dequantize()[keep].view(len(keep), -1, head.group_size)
+        codes = ((groups - zero[..., None]) / scale[..., None] + 8).round().clamp(0, 15)
+        packed = GroupQuantized(codes.to(torch.uint8).flatten(1), scale, zero - 8 * scale)
+        return Int4Format().pack(packed, bias, decoder.device)
+    weight = head.dequantize()[keep].to(decoder.device, decoder.dtype)
+    return DenseLinear(weight.contiguous(), bias)
+
+
+def make_drafter(stepper: Stepper, accelerator: Accelerator) -> Drafter:
+    """The fastest drafter on this stepper; its rows equal the stepper's own, bit for bit where those do."""
+    return TorchDrafter(stepper, accelerator)
