@@ -75,7 +75,7 @@ def make_fused_stepper(decoder: Decoder, num_threads: int | None = None) -> Fuse
     _prepare_cache()
     from engine.kernels.stepper import FusedStepper
 
-    stepper = FusedStepper(decoder, num_threads or torch.get_num_threads(), int4_block() or 64)
+    stepper = FusedStepper(decoder, num_threads or torch.get_num_threads(), int4_block())
     stepper.compile()
     _log.info("fused kernels ready after %.1f s", time.perf_counter() - began)
     return stepper

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels import matmul, phases
+from engine.kernels import control, matmul
+from engine.kernels.linears import LinearTable
 from engine.kernels.team import Team
 from engine.models.decoder import Decoder, LayerWeights
 from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
-from engine.quantization.dense import DenseLinear
-from engine.quantization.int4 import Int4Linear
-from engine.quantization.int8 import Int8Linear
+from engine.quantization.int4 import GROUP_SIZE, Int4Linear
 
 MAX_ROWS = 16
 _MIN_TASKS = 24  # split a matmul's inputs until there are about this many tasks
@@ -34,20 +32,22 @@ class FusedStepper:
     name = "fused"
     max_rows = MAX_ROWS
 
-    def __init__(self, decoder: Decoder, num_threads: int, int4_block: int = 64) -> None:
+    def __init__(self, decoder: Decoder, num_threads: int, int4_block: int | None = 64) -> None:
         self.decoder = decoder
         self.num_threads = num_threads
-        self._int4_block = int4_block
-        self._kept: list[Tensor] = []  # tensors that the tables point into
-        self._linears: dict[int, tuple[Linear, np.ndarray]] = {}
-        self._tag = self._kind(decoder.layers[0].qkv)
+        self._int4_block = int4_block or 64
+        self.table = LinearTable(self._int4_block)
+        self._tag = self.table.tag(decoder.layers[0].qkv)
         wide = decoder.dtype == torch.float32
-        kv, self._kv_size = (np.float32(0), 4) if wide else (np.uint16(0), 2)
-        self._team = Team(num_threads, self._tag, kv, self._kv_size)
-        self._layers = np.zeros((len(decoder.layers), phases.LAYER_FIELDS), np.int64)
+        kv, kv_size = (np.float32(0), 4) if wide else (np.uint16(0), 2)
+        # The draft head is int4 wherever it can be: what a draft step reads most of is its head.
+        self.draft_head_is_int4 = int4_block is not None and decoder.config.hidden_size % GROUP_SIZE == 0
+        head = self.table.int4_tag if self.draft_head_is_int4 else np.int8(0)
+        self.team = Team(num_threads, self._tag, kv, head, kv_size)
+        self._layers = np.zeros((len(decoder.layers), control.LAYER_FIELDS), np.int64)
         for index, layer in enumerate(decoder.layers):
             self._describe_layer(index, layer)
-        self._final_norm = self._vector(decoder.weights.final_norm)
+        self.final_norm = self.table.vector(decoder.weights.final_norm)
         self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
         self._rope_seen = -1
         self._score_slots = 0
@@ -55,7 +55,7 @@ class FusedStepper:
 
     def compile(self) -> None:
         """Compile what a step needs, or load it from the disk cache."""
-        self._team.compile()
+        self.team.compile()
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """``[T] -> [T, D]`` float32."""
@@ -80,30 +80,32 @@ class FusedStepper:
         A row sees all slots up to its own position, those written by this call included.
         """
         rows = self._check_rows(hidden)
-        needed = max(positions) + 1
-        cache.ensure(needed)
-        self._refresh(cache, needed)
+        self.follow(cache, max(positions) + 1)
         hidden = hidden.detach().to(torch.float32).contiguous()
         if first >= last:  # a command without a barrier would let the caller run ahead of the workers
             return hidden.clone()
         out = torch.empty_like(hidden)
-        self._positions[:rows] = positions
-        self._writes[:rows] = writes
-        self._team.run(
-            phases.RUN_LAYERS,
+        self.use_positions(positions, writes)
+        self.team.run(
+            control.RUN_LAYERS,
             {
-                phases.ROWS: rows,
-                phases.FIRST: first,
-                phases.LAST: last,
-                phases.HIDDEN: hidden.data_ptr(),
-                phases.OUT: out.data_ptr(),
+                control.ROWS: rows,
+                control.FIRST: first,
+                control.LAST: last,
+                control.HIDDEN: hidden.data_ptr(),
+                control.OUT: out.data_ptr(),
             },
         )
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[T, D] -> [T, V]`` float32."""
-        return self._multiply(self.decoder.weights.lm_head, hidden, self._final_norm)
+        return self._multiply(self.decoder.weights.lm_head, hidden, self.final_norm)
+
+    def use_positions(self, positions: Sequence[int], writes: Sequence[bool]) -> None:
+        """Where the rows of the next command lie, and which of them write their keys and values."""
+        self._positions[: len(positions)] = positions
+        self._writes[: len(writes)] = writes
 
     def matmul(self, linear: Linear, x: Tensor) -> Tensor:
         """``x [T, K] -> [T, N]`` float32, for any linear of this decoder's weight format, such as a cut head."""
@@ -111,22 +113,24 @@ class FusedStepper:
 
     def close(self) -> None:
         """Stop the worker threads; a later call starts them again."""
-        self._team.close()
+        self.team.close()
 
     def _multiply(self, linear: Linear, x: Tensor, norm: int) -> Tensor:
         rows = self._check_rows(x)
         x = x.detach().to(torch.float32).contiguous()
+        if self.table.tag(linear).dtype != self._tag.dtype:
+            raise ValueError("a fused stepper runs linears of one weight format")
         if x.shape[1] > self._max_inputs:
             raise ValueError(f"this stepper takes at most {self._max_inputs} inputs, not {x.shape[1]}")
         out = torch.empty(rows, linear.out_features)
-        self._team.run(
-            phases.RUN_MATMUL,
+        self.team.run(
+            control.RUN_MATMUL,
             {
-                phases.ROWS: rows,
-                phases.HIDDEN: x.data_ptr(),
-                phases.OUT: out.data_ptr(),
-                phases.NORM: norm,
-                phases.LINEAR: self._descriptor(linear).ctypes.data,
+                control.ROWS: rows,
+                control.HIDDEN: x.data_ptr(),
+                control.OUT: out.data_ptr(),
+                control.NORM: norm,
+                control.LINEAR: self.table.describe(linear).ctypes.data,
             },
         )
         return out
@@ -137,42 +141,6 @@ class FusedStepper:
             raise ValueError(f"1 to {MAX_ROWS} rows, not {rows}")
         return rows
 
-    def _kind(self, linear: Linear) -> Any:
-        """The tag that chooses the compiled code for ``linear``."""
-        if isinstance(linear, Int4Linear):
-            return np.uint8(0) if self._int4_block == 64 else np.int32(0)
-        if isinstance(linear, Int8Linear):
-            return np.int8(0)
-        assert isinstance(linear, DenseLinear)
-        return np.float32(0) if linear.weight.dtype == torch.float32 else np.uint16(0)
-
-    def _vector(self, tensor: Tensor | None) -> int:
-        """Address of a float32 copy (or the tensor itself), kept alive; 0 for None."""
-        if tensor is None:
-            return 0
-        tensor = tensor.detach().to(torch.float32).contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def _descriptor(self, linear: Linear, parts: int = 1) -> np.ndarray:
-        known = self._linears.get(id(linear))
-        if known is not None:
-            return known[1]
-        if self._kind(linear).dtype != self._tag.dtype:
-            raise ValueError("a fused stepper runs linears of one weight format")
-        if isinstance(linear, Int4Linear):
-            weight, scales = linear.packed, linear.scales_and_zeros.data_ptr()
-        elif isinstance(linear, Int8Linear):
-            weight, scales = linear.weight, self._vector(linear.scales)
-        else:
-            assert isinstance(linear, DenseLinear)
-            weight, scales = linear.weight, 0
-        bias = self._vector(linear.bias)
-        fields = [weight.data_ptr(), scales, bias, linear.out_features, linear.in_features, parts]
-        described = np.array(fields, np.int64)
-        self._linears[id(linear)] = (linear, described)  # the reference keeps the id and the memory
-        return described
-
     def _parts(self, linear: Linear) -> int:
         width = self._int4_block if isinstance(linear, Int4Linear) else matmul.ROW_MAJOR_BLOCK
         blocks = -(-linear.out_features // width)
@@ -180,19 +148,19 @@ class FusedStepper:
 
     def _describe_layer(self, index: int, layer: LayerWeights) -> None:
         record = self._layers[index]
-        record[phases.ATTN_NORM] = self._vector(layer.attn_norm)
-        record[phases.MLP_NORM] = self._vector(layer.mlp_norm)
-        record[phases.Q_NORM] = self._vector(layer.q_norm)
-        record[phases.K_NORM] = self._vector(layer.k_norm)
-        record[phases.WINDOW] = self.decoder.config.sliding_window(index) or 0
+        record[control.ATTN_NORM] = self.table.vector(layer.attn_norm)
+        record[control.MLP_NORM] = self.table.vector(layer.mlp_norm)
+        record[control.Q_NORM] = self.table.vector(layer.q_norm)
+        record[control.K_NORM] = self.table.vector(layer.k_norm)
+        record[control.WINDOW] = self.decoder.config.sliding_window(index) or 0
         places = (
-            (phases.QKV, layer.qkv, self._parts(layer.qkv)),
-            (phases.O_PROJ, layer.o, self._parts(layer.o)),
-            (phases.GATE_UP_PROJ, layer.gate_up, 1),  # SiLU needs whole sums
-            (phases.DOWN_PROJ, layer.down, self._parts(layer.down)),
+            (control.QKV, layer.qkv, self._parts(layer.qkv)),
+            (control.O_PROJ, layer.o, self._parts(layer.o)),
+            (control.GATE_UP_PROJ, layer.gate_up, 1),  # SiLU needs whole sums
+            (control.DOWN_PROJ, layer.down, self._parts(layer.down)),
         )
         for place, linear, parts in places:
-            record[place : place + matmul.LINEAR_FIELDS] = self._descriptor(linear, parts)
+            record[place : place + matmul.LINEAR_FIELDS] = self.table.describe(linear, parts)
 
     def _allocate(self) -> None:
         """Buffers for MAX_ROWS rows, and the control block's constant fields."""
@@ -205,53 +173,56 @@ class FusedStepper:
         self._positions, self._writes = np.zeros(MAX_ROWS, np.int64), np.zeros(MAX_ROWS, np.int64)
         self._buffers: list[np.ndarray] = []
         fields = {
-            phases.POSITIONS: self._positions.ctypes.data,
-            phases.WRITES: self._writes.ctypes.data,
-            phases.LAYERS: self._layers.ctypes.data,
-            phases.HIDDEN_SIZE: config.hidden_size,
-            phases.HEADS: config.num_heads,
-            phases.KV_HEADS: config.num_kv_heads,
-            phases.HEAD_DIM: config.head_dim,
-            phases.EPS: int(np.float32(config.norm_eps).view(np.int32)),
-            phases.QKV_BUFFER: self._buffer(splits * wide),
-            phases.MIXED: self._buffer(mixed),
-            phases.PARTS_BUFFER: self._buffer(splits * config.hidden_size),
-            phases.ACT: self._buffer(inner),
-            phases.GATE_UP: self._buffer(2 * inner),
+            control.POSITIONS: self._positions.ctypes.data,
+            control.WRITES: self._writes.ctypes.data,
+            control.LAYERS: self._layers.ctypes.data,
+            control.HIDDEN_SIZE: config.hidden_size,
+            control.HEADS: config.num_heads,
+            control.KV_HEADS: config.num_kv_heads,
+            control.HEAD_DIM: config.head_dim,
+            control.EPS: int(np.float32(config.norm_eps).view(np.int32)),
+            control.QKV_BUFFER: self.buffer(splits * wide),
+            control.MIXED: self.buffer(mixed),
+            control.PARTS_BUFFER: self.buffer(splits * config.hidden_size),
+            control.ACT: self.buffer(inner),
+            control.GATE_UP: self.buffer(2 * inner),
         }
         for rank in range(self.num_threads):
-            own = phases.RANKS + rank * phases.RANK_FIELDS
-            fields[own + phases.OWN_H] = self._buffer(config.hidden_size)
-            fields[own + phases.OWN_X] = self._buffer(self._max_inputs)
-            fields[own + phases.OWN_SUMS] = self._buffer(-(-self._max_inputs // 32))
-            fields[own + phases.OWN_KV] = self._buffer(config.head_dim)
+            own = control.RANKS + rank * control.RANK_FIELDS
+            fields[own + control.OWN_H] = self.buffer(config.hidden_size)
+            fields[own + control.OWN_X] = self.buffer(self._max_inputs)
+            fields[own + control.OWN_SUMS] = self.buffer(-(-self._max_inputs // 32))
+            fields[own + control.OWN_KV] = self.buffer(config.head_dim)
         for field, value in fields.items():
-            self._team.control[field] = value
+            self.team.control[field] = value
 
-    def _buffer(self, floats_per_row: int) -> int:
+    def buffer(self, floats_per_row: int) -> int:
+        """Address of a zeroed, aligned buffer of that many floats for each of MAX_ROWS rows, kept alive."""
         buffer = np.zeros(MAX_ROWS * floats_per_row + 32, np.float32)
         self._buffers.append(buffer)
         return -(-buffer.ctypes.data // 64) * 64
 
-    def _refresh(self, cache: KVCache, num_positions: int) -> None:
-        """Follow reallocations of the cache and of the rotary tables."""
-        control = self._team.control
+    def follow(self, cache: KVCache, num_positions: int) -> None:
+        """Make ``cache`` the one in use, with room for ``num_positions``, wherever it and the rotary tables
+        lie now."""
+        cache.ensure(num_positions)
+        block = self.team.control
         rope = self.decoder.rope
         rope.ensure(num_positions)
         if rope.generation != self._rope_seen:
             self._rope = (rope.cos.contiguous(), rope.sin.contiguous())
-            control[phases.COS], control[phases.SIN] = (table.data_ptr() for table in self._rope)
+            block[control.COS], block[control.SIN] = (table.data_ptr() for table in self._rope)
             self._rope_seen = rope.generation
         # By identity, not by address: a new cache may start where a freed one did.
         last, generation = self._cache_seen
         if last is None or last() is not cache or generation != cache.generation:
-            self._layers[:, phases.KEYS] = [keys.data_ptr() for keys in cache.keys]
-            self._layers[:, phases.VALUES] = [values.data_ptr() for values in cache.values]
-            control[phases.CAPACITY] = cache.capacity
+            self._layers[:, control.KEYS] = [keys.data_ptr() for keys in cache.keys]
+            self._layers[:, control.VALUES] = [values.data_ptr() for values in cache.values]
+            block[control.CAPACITY] = cache.capacity
             self._cache_seen = (weakref.ref(cache), cache.generation)
         if cache.capacity > self._score_slots:
             self._scores = np.zeros((self.num_threads, cache.capacity + 64), np.float32)
             for rank in range(self.num_threads):
-                own = phases.RANKS + rank * phases.RANK_FIELDS
-                control[own + phases.OWN_SCORES] = self._scores[rank].ctypes.data
+                own = control.RANKS + rank * control.RANK_FIELDS
+                block[own + control.OWN_SCORES] = self._scores[rank].ctypes.data
             self._score_slots = cache.capacity

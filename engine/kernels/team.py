@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.kernels import phases
+from engine.kernels import control as fields
+from engine.kernels import program
 
 _PATIENCE = 8000  # spins before a worker sleeps, about 0.3 ms
 _teams: weakref.WeakSet[Team] = weakref.WeakSet()
@@ -39,16 +40,16 @@ class Team:
     """``num_threads`` threads around one control block.
 
     Args:
-        tag, kv: numpy scalars whose types choose the weight and cache types of the compiled code.
+        tag, kv, head: numpy scalars whose types choose the compiled code for weights, cache and draft head.
         kv_size: bytes of a cache element.
     """
 
-    def __init__(self, num_threads: int, tag: Any, kv: Any, kv_size: int) -> None:
+    def __init__(self, num_threads: int, tag: Any, kv: Any, head: Any, kv_size: int) -> None:
         self.num_threads = num_threads
-        self.control = np.zeros(phases.RANKS + phases.RANK_FIELDS * num_threads, np.int64)
+        self.control = np.zeros(fields.RANKS + fields.RANK_FIELDS * num_threads, np.int64)
         self.address = self.control.ctypes.data
-        self.control[phases.THREADS] = num_threads
-        self._kinds = (tag, kv, kv_size)
+        self.control[fields.THREADS] = num_threads
+        self._kinds = (tag, kv, head, kv_size)
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._pid = os.getpid()
@@ -58,34 +59,34 @@ class Team:
         """Compile the code for this team's types, or load it from the disk cache."""
         import numba
 
-        kinds = (*(numba.typeof(kind) for kind in self._kinds[:2]), numba.int64)
-        phases.execute.compile((*kinds, numba.int64, numba.int64))
-        phases.serve.compile((*kinds, *[numba.int64] * 4))
-        phases.publish.compile((numba.int64,))
+        kinds = (*(numba.typeof(kind) for kind in self._kinds[:3]), numba.int64)
+        program.execute.compile((*kinds, numba.int64, numba.int64))
+        program.serve.compile((*kinds, *[numba.int64] * 4))
+        program.publish.compile((numba.int64,))
 
-    def run(self, command: int, fields: dict[int, int]) -> None:
+    def run(self, command: int, values: dict[int, int]) -> None:
         """Fill the control block and run ``command`` on all threads; returns when it is done."""
         with self._lock:
             self._start_workers()
             control = self.control
-            for field, value in fields.items():
+            for field, value in values.items():
                 control[field] = value
-            control[phases.COMMAND] = command
+            control[fields.COMMAND] = command
             self._publish()
-            phases.execute(*self._kinds, self.address, 0)
+            program.execute(*self._kinds, self.address, 0)
 
     def close(self) -> None:
         """Stop the workers."""
         with self._lock:
             if self._workers and self._pid == os.getpid():
-                self.control[phases.COMMAND] = phases.STOP
+                self.control[fields.COMMAND] = fields.STOP
                 self._publish()
                 for worker in self._workers:
                     worker.thread.join()
             self._workers = []
 
     def _publish(self) -> None:
-        phases.publish(self.address)
+        program.publish(self.address)
         for worker in self._workers:
             if worker.parked:
                 worker.wake.set()
@@ -93,18 +94,18 @@ class Team:
     def _start_workers(self) -> None:
         if self._pid != os.getpid():  # a forked child has the memory but not the threads
             self._workers, self._pid = [], os.getpid()
-            self.control[[phases.SEQUENCE, phases.ARRIVED, phases.TICKETS]] = 0
-            self.control[phases.RANKS :: phases.RANK_FIELDS] = 0
-            self.control[phases.RANKS + phases.BASE :: phases.RANK_FIELDS] = 0
+            self.control[[fields.SEQUENCE, fields.ARRIVED, fields.TICKETS]] = 0
+            self.control[fields.RANKS :: fields.RANK_FIELDS] = 0
+            self.control[fields.RANKS + fields.BASE :: fields.RANK_FIELDS] = 0
         if len(self._workers) < self.num_threads - 1:
-            seen = int(self.control[phases.SEQUENCE])
+            seen = int(self.control[fields.SEQUENCE])
             self._workers = [
                 _Worker(self.control, self._kinds, rank, seen) for rank in range(1, self.num_threads)
             ]
 
 
 class _Worker:
-    def __init__(self, control: np.ndarray, kinds: tuple[Any, Any, int], rank: int, seen: int) -> None:
+    def __init__(self, control: np.ndarray, kinds: tuple[Any, Any, Any, int], rank: int, seen: int) -> None:
         self.wake = threading.Event()
         self.parked = False
         # The thread keeps the control block alive, but not the team.
@@ -113,14 +114,16 @@ class _Worker:
         self.thread.start()
 
 
-def _serve(worker: _Worker, control: np.ndarray, kinds: tuple[Any, Any, int], rank: int, seen: int) -> None:
+def _serve(
+    worker: _Worker, control: np.ndarray, kinds: tuple[Any, Any, Any, int], rank: int, seen: int
+) -> None:
     while True:
-        seen = phases.serve(*kinds, control.ctypes.data, rank, seen, _PATIENCE)
+        seen = program.serve(*kinds, control.ctypes.data, rank, seen, _PATIENCE)
         if seen < 0:
             return
         # Under the interpreter lock either we see the new command here, or its publisher sees us parked.
         worker.parked = True
-        if int(control[phases.SEQUENCE]) == seen:
+        if int(control[fields.SEQUENCE]) == seen:
             worker.wake.wait()
         worker.wake.clear()
         worker.parked = False

@@ -133,5 +133,11 @@ def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
 
 
 def make_drafter(stepper: Stepper, accelerator: Accelerator) -> Drafter:
-    """The fastest drafter on this stepper; its rows equal the stepper's own, bit for bit where those do."""
+    """The drafter for this stepper; its slow rows have the stepper's own bits."""
+    if stepper.name == "fused":
+        from engine.kernels.drafter import FusedDrafter
+        from engine.kernels.stepper import FusedStepper
+
+        assert isinstance(stepper, FusedStepper)
+        return FusedDrafter(stepper, accelerator)
     return TorchDrafter(stepper, accelerator)

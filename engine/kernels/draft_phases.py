@@ -1,0 +1,62 @@
+"""One draft step of the accelerated stream, as every thread of the team runs it.
+
+Row 0 is the slow stream's own row of the token, row 1 the accelerated stream's: start map | layers | exit map |
+draft head. What each of them is: :mod:`engine.residuals.accelerator`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from engine.kernels.control import (
+    ADAPTER_FIELDS,
+    ADAPTERS,
+    CONDITION,
+    DRAFT_BUFFER,
+    DRAFT_HEAD,
+    DRAFT_LOGITS,
+    EPS,
+    EXIT_MAP,
+    HIDDEN,
+    HIDDEN_SIZE,
+    LAST,
+    LAYER_FIELDS,
+    LAYERS,
+    NORM,
+    OUT,
+    OWN_H,
+    OWN_X,
+    START_MAP,
+)  # fmt: skip
+from engine.kernels.intrinsics import get_f32, get_i64
+from engine.kernels.phases import ADAPTER_TAG, matmul_phase, run_layer
+from engine.kernels.rows import add_parts, copy_row, norm_row
+
+
+@njit(nogil=True, error_model="numpy")
+def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int) -> None:
+    """From the token's embedding ``HIDDEN`` and the stream's ``CONDITION``, both ``[D]``: the slow state
+    behind the draft layers goes to ``OUT``, the unnormed exit state to ``DRAFT_BUFFER``, the draft logits
+    to ``DRAFT_LOGITS``. ``NORM`` is the final norm's gain."""
+    size, condition = get_i64(control + 8 * HIDDEN_SIZE), get_i64(control + 8 * CONDITION)
+    h, x, embedded = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_X), get_i64(control + 8 * HIDDEN)
+    state, buffer = h + 4 * size, get_i64(control + 8 * DRAFT_BUFFER)
+    copy_row(h, embedded, size)
+    copy_row(state, embedded, size)
+    if get_i64(control + 8 * START_MAP) != 0:
+        matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * START_MAP), condition, 1, buffer)
+        add_parts(state, buffer, 0, 1, size)
+    for index in range(get_i64(control + 8 * LAST)):
+        layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
+        adapters = get_i64(control + 8 * ADAPTERS) + index * (8 * ADAPTER_FIELDS)
+        run_layer(tag, kv, kv_size, control, own, layer, adapters, False)
+    if rank == 0:
+        copy_row(get_i64(control + 8 * OUT), h, size)
+    copy_row(x, state, size)
+    copy_row(x + 4 * size, condition, size)
+    matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * EXIT_MAP), x, 1, buffer)
+    norm_row(x, buffer, get_i64(control + 8 * NORM), get_f32(control + 8 * EPS), size)
+    logits = get_i64(control + 8 * DRAFT_LOGITS)
+    matmul_phase(head, control, own, get_i64(control + 8 * DRAFT_HEAD), x, 1, logits)

@@ -1,0 +1,62 @@
+"""Weight matrices as the compiled code sees them: a descriptor of addresses and sizes each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.quantization.base import Linear
+from engine.quantization.dense import DenseLinear
+from engine.quantization.int4 import Int4Linear
+from engine.quantization.int8 import Int8Linear
+
+
+class LinearTable:
+    """Descriptors of linears (:mod:`engine.kernels.matmul`), and all that they point at, kept alive.
+
+    Args:
+        int4_block: outputs per block in this torch's int4 layout, 64 or 32.
+    """
+
+    def __init__(self, int4_block: int) -> None:
+        self.int4_tag: Any = np.uint8(0) if int4_block == 64 else np.int32(0)
+        self._kept: list[Tensor] = []
+        self._linears: dict[int, tuple[Linear, np.ndarray]] = {}
+
+    def tag(self, linear: Linear) -> Any:
+        """The numpy scalar whose type chooses the compiled code for ``linear``."""
+        if isinstance(linear, Int4Linear):
+            return self.int4_tag
+        if isinstance(linear, Int8Linear):
+            return np.int8(0)
+        assert isinstance(linear, DenseLinear)
+        return np.float32(0) if linear.weight.dtype == torch.float32 else np.uint16(0)
+
+    def vector(self, tensor: Tensor | None) -> int:
+        """Address of a float32 copy (or the tensor itself), kept alive; 0 for None."""
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().to(torch.float32).contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def describe(self, linear: Linear, parts: int = 1) -> np.ndarray:
+        """The descriptor of ``linear``, its inputs split into ``parts``."""
+        known = self._linears.get(id(linear))
+        if known is not None:
+            return known[1]
+        if isinstance(linear, Int4Linear):
+            weight, scales = linear.packed, linear.scales_and_zeros.data_ptr()
+        elif isinstance(linear, Int8Linear):
+            weight, scales = linear.weight, self.vector(linear.scales)
+        else:
+            assert isinstance(linear, DenseLinear)
+            weight, scales = linear.weight, 0
+        bias = self.vector(linear.bias)
+        fields = [weight.data_ptr(), scales, bias, linear.out_features, linear.in_features, parts]
+        described = np.array(fields, np.int64)
+        self._linears[id(linear)] = (linear, described)  # the reference keeps the id and the memory
+        return described
