@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sqlite3
 import threading
 import time
@@ -12,10 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.errors import SlipstreamError
+
+_log = logging.getLogger(__name__)
+
 # Step i brings a store from version i to i + 1; never edit one that was released.
 _MIGRATIONS = (
     """
-    CREATE TABLE chats (id INTEGER PRIMARY KEY, title TEXT NOT NULL, updated REAL NOT NULL);
+    CREATE TABLE chats (id INTEGER PRIMARY KEY AUTOINCREMENT, title TEXT NOT NULL, updated REAL NOT NULL);
     CREATE TABLE messages (
         chat INTEGER NOT NULL REFERENCES chats(id) ON DELETE CASCADE,
         place INTEGER NOT NULL,
@@ -27,6 +33,10 @@ _MIGRATIONS = (
     """,
 )
 _TITLE_LENGTH = 48
+
+
+class ChatStoreError(SlipstreamError):
+    """The chats cannot be written at the moment."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,25 @@ class ChatStore:
     """All chats of this user. Safe to call from any thread."""
 
     def __init__(self, path: Path | None) -> None:
-        """Open or make the store at ``path``; None keeps it in memory alone."""
+        """Open or make the store at ``path``; None keeps it in memory alone.
+
+        A file that is no store is put aside (``chats.broken-1.sqlite``) and a new one is begun.
+        """
+        self._lock = threading.Lock()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
+        try:
+            self._open(path)
+        except sqlite3.OperationalError:  # locked, no room, no permission: nothing is wrong with the file
+            raise
+        except sqlite3.DatabaseError:
+            assert path is not None  # memory is never broken
+            self._db.close()
+            aside = _put_aside(path)
+            _log.exception("the chats could not be read; the file is kept as %s", aside)
+            self._open(path)
+
+    def _open(self, path: Path | None) -> None:
         self._db = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA foreign_keys=ON")
@@ -100,14 +125,24 @@ class ChatStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing.
+
+        Raises:
+            ChatStoreError: the disk is full, or somebody else holds the file.
+        """
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise ChatStoreError(
+                        f"The chat could not be saved ({error}); see that there is room on the disk."
+                    ) from error
                 raise
-            self._db.execute("COMMIT")
 
     def _migrate(self) -> None:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -115,6 +150,17 @@ class ChatStore:
             self._db.executescript(
                 f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
             )
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename a broken store, with what SQLite keeps beside it; returns the new name."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.broken-{number}{path.suffix}")).exists():
+        number += 1
+    os.replace(path, aside)
+    for ending in ("-wal", "-shm"):
+        path.with_name(path.name + ending).unlink(missing_ok=True)
+    return aside
 
 
 def _title(text: str) -> str:
