@@ -20,6 +20,8 @@ PACKAGES = (
     "numpy", "bitsandbytes", "llama-cpp-python",
 )  # fmt: skip
 
+_FALLBACK = "it is of no architecture of ours: if transformers knows it, it chats, but acceleration is off."
+
 
 @dataclass(frozen=True)
 class Option:
@@ -155,10 +157,12 @@ def examine_model(source: str, device: str) -> ModelReport:
         return ModelReport(source, problem="it is not on this machine; it is fetched at the first use.")
     try:
         path = hub.resolve(source).path
-        from engine.loading import pick_format
+        from engine.loading import is_unknown_architecture, pick_format
         from engine.models.checkpoint import open_checkpoint
         from engine.quantization import WEIGHT_FORMATS
 
+        if is_unknown_architecture(path):
+            return ModelReport(source, str(path), problem=_FALLBACK)
         config = open_checkpoint(path).config
         picked, notes = pick_format(path, "auto", device)
     except SlipstreamError as error:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from engine.models.decoder import Decoder
     from engine.progress import Progress
 
+_FASTEST_FIRST = ("int4", "int8", "bf16")  # decoding reads all weights for each token, so the smallest wins
+
 
 def load_session(
     name: str,
@@ -36,7 +38,7 @@ def load_session(
     report("load", 0.0, f"Loading {name}.")
     set_threads(threads)  # kernels size their own pools by it
     tokenizer = load_tokenizer(path)
-    load = _load_fallback if _is_unknown_architecture(path) else _load_decoder
+    load = _load_fallback if is_unknown_architecture(path) else _load_decoder
     model = load(
         path, weight_format, pick_device(device), lambda share: report("load", share, f"Loading {name}.")
     )
@@ -86,7 +88,7 @@ def _load_fallback(
     return load_fallback(path, weight_format, device, on_progress)
 
 
-def _is_unknown_architecture(path: Path) -> bool:
+def is_unknown_architecture(path: Path) -> bool:
     """Is this a folder whose architecture our own decoder does not run?"""
     from engine.models.families import config_from_hf
 
@@ -120,10 +122,28 @@ def pick_device(device: str) -> str:
 
 
 def pick_format(path: Path, weight_format: str, device: str) -> tuple[str, tuple[str, ...]]:
-    """The weight format to load, and a note on why, if it was chosen here."""
+    """The weight format to load, and a note on why, if it was chosen here and is not the fastest.
+
+    Raises:
+        ModelFileError, UnsupportedModelError: the model cannot be read.
+    """
     if weight_format != "auto":
         return weight_format, ()
-    return "int4", ()
+    import torch
+
+    from engine.models.checkpoint import open_checkpoint
+    from engine.quantization import get_format
+
+    shapes = open_checkpoint(path).config.matrix_shapes()
+    reasons: list[str] = []
+    for name in _FASTEST_FIRST:
+        packer = get_format(name)
+        misfits = (packer.misfit(*shape) for shape in shapes)
+        reason = packer.unavailable(torch.device(device)) or next((m for m in misfits if m), None)
+        if reason is None:
+            break
+        reasons.append(f"{name} cannot be used: {reason.split(';')[0].rstrip('.')}.")
+    return name, tuple(reasons)
 
 
 def count_parameters(decoder: Decoder) -> int:

@@ -113,7 +113,7 @@ class GgufCheckpoint:
         return self._unpermute(name, self.file.dequantize(self._names[name], dtype or torch.float32))
 
     def groups(self, name: str) -> GroupQuantized | None:
-        groups = self.file.groups(self._names[name])
+        groups = self.file.groups(self._names[name]) if name in self._names else None
         if groups is None:
             return None
         return GroupQuantized(

@@ -45,6 +45,17 @@ class ModelConfig:
     def sliding_window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
 
+    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
+        """``(outputs, inputs)`` of a layer's matrices qkv, o, gate and up, down, and of the head."""
+        heads = self.num_heads * self.head_dim
+        return (
+            (heads + 2 * self.num_kv_heads * self.head_dim, self.hidden_size),
+            (self.hidden_size, heads),
+            (2 * self.intermediate_size, self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
+            (self.vocab_size, self.hidden_size),
+        )
+
     @property
     def group_size(self) -> int:
         """Query heads per KV head."""

@@ -15,6 +15,8 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         UnsupportedModelError: an architecture that the decoder does not run.
         ModelFileError: an entry is missing.
     """
+    if not isinstance(raw, dict):
+        raise ModelFileError("The model's config.json is damaged; download the model again.")
     kind = raw.get("model_type")
     if kind not in _FAMILIES:
         known = ", ".join(_FAMILIES)
@@ -23,6 +25,8 @@ def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
         return _FAMILIES[kind](raw)
     except KeyError as error:
         raise ModelFileError(f"The model's config.json lacks {error}; download the model again.") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelFileError("The model's config.json is damaged; download the model again.") from error
 
 
 def _common(raw: dict[str, Any], **switches: Any) -> ModelConfig:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.errors import OutOfMemoryError, UnsupportedModelError
+from engine.errors import ModelFileError, OutOfMemoryError, UnsupportedModelError
 from engine.models.checkpoint import Checkpoint, open_checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.quantization import GroupQuantized, Linear, WeightFormat, get_format
+from engine.quantization.int4 import quantize_groups
 
 
 def load_decoder(
@@ -54,44 +55,51 @@ class _Packer:
         steps = config.num_layers + 1
         embedding = self._table()
         head_name = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-        lm_head = self._pack([head_name], None)
+        head = config.matrix_shapes()[-1]
+        lm_head = self._pack([head_name], [], head)
         on_progress(1 / steps)
         layers = []
         for index in range(config.num_layers):
             layers.append(self._layer(index, config))
             on_progress((index + 2) / steps)
-        return DecoderWeights(embedding, tuple(layers), self._vector("model.norm.weight"), lm_head)
+        return DecoderWeights(
+            embedding, tuple(layers), self._vector("model.norm.weight", config.hidden_size), lm_head
+        )
 
     def _layer(self, index: int, config: ModelConfig) -> LayerWeights:
         prefix = f"model.layers.{index}."
+        qkv, o, gate_up, down, _ = config.matrix_shapes()
 
-        def fused(*parts: str) -> Linear:
+        def fused(shape: tuple[int, int], has_bias: bool, *parts: str) -> Linear:
             names = [f"{prefix}{part}" for part in parts]
-            return self._pack([f"{n}.weight" for n in names], [f"{n}.bias" for n in names])
+            if not has_bias and f"{names[0]}.bias" not in self._checkpoint:
+                return self._pack([f"{name}.weight" for name in names], [], shape)
+            return self._pack([f"{n}.weight" for n in names], [f"{n}.bias" for n in names], shape)
 
-        def norm(part: str) -> Tensor:
-            return self._vector(f"{prefix}{part}.weight")
+        def norm(part: str, size: int) -> Tensor:
+            return self._vector(f"{prefix}{part}.weight", size)
 
+        qkv_parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         return LayerWeights(
-            attn_norm=norm("input_layernorm"),
-            qkv=fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            o=fused("self_attn.o_proj"),
-            mlp_norm=norm("post_attention_layernorm"),
-            gate_up=fused("mlp.gate_proj", "mlp.up_proj"),
-            down=fused("mlp.down_proj"),
-            q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
-            k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
+            attn_norm=norm("input_layernorm", config.hidden_size),
+            qkv=fused(qkv, config.qkv_bias, *qkv_parts),
+            o=fused(o, config.output_bias, "self_attn.o_proj"),
+            mlp_norm=norm("post_attention_layernorm", config.hidden_size),
+            gate_up=fused(gate_up, config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
+            down=fused(down, config.mlp_bias, "mlp.down_proj"),
+            q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
+            k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
         )
 
-    def _pack(self, names: list[str], bias_names: list[str] | None) -> Linear:
+    def _pack(self, names: list[str], bias_names: list[str], shape: tuple[int, int]) -> Linear:
+        """Pack the matrices ``names``, joined along their outputs to ``shape``."""
         checkpoint = self._checkpoint
-        bias = None
-        if bias_names is not None and bias_names[0] in checkpoint:
-            bias = torch.cat([checkpoint.tensor(name).float() for name in bias_names])
+        groups = [checkpoint.groups(name) for name in names] if self._format.name == "int4" else []
         weight: Tensor | GroupQuantized
-        groups = [checkpoint.groups(name) for name in names] if self._format.name == "int4" else [None]
-        if all(group is not None for group in groups):
-            known = [group for group in groups if group is not None]
+        if any(group is not None for group in groups):
+            # Files mix types: what is stored in 4-bit groups goes in as it is, and only the rest is rounded.
+            known = [g or quantize_groups(checkpoint.tensor(n)) for g, n in zip(groups, names, strict=True)]
+            _check_shape(names, [group.codes for group in known], shape)
             weight = GroupQuantized(
                 torch.cat([g.codes for g in known]),
                 torch.cat([g.scale for g in known]),
@@ -99,14 +107,39 @@ class _Packer:
             )
         else:
             parts = [checkpoint.tensor(name) for name in names]
+            _check_shape(names, parts, shape)
             weight = torch.cat(parts) if len(parts) > 1 else parts[0]  # one is not copied: a head is large
             del parts
+        bias = None
+        if bias_names:
+            biases = [checkpoint.tensor(name).float() for name in bias_names]
+            _check_shape(bias_names, biases, shape[:1])
+            bias = torch.cat(biases)
         return self._format.pack(weight, bias, self._device)
 
     def _table(self) -> Tensor:
-        table = self._checkpoint.tensor("model.embed_tokens.weight", self._format.activation_dtype)
+        config, name = self._checkpoint.config, "model.embed_tokens.weight"
+        table = self._checkpoint.tensor(name, self._format.activation_dtype)
+        _check_shape([name], [table], (config.vocab_size, config.hidden_size))
         return table.to(self._device)
 
-    def _vector(self, name: str) -> Tensor:
+    def _vector(self, name: str, size: int) -> Tensor:
         wide = torch.float64 if self._format.activation_dtype == torch.float64 else torch.float32
-        return self._checkpoint.tensor(name).to(device=self._device, dtype=wide)
+        vector = self._checkpoint.tensor(name)
+        _check_shape([name], [vector], (size,))
+        return vector.to(device=self._device, dtype=wide)
+
+
+def _check_shape(names: list[str], parts: list[Tensor], shape: tuple[int, ...]) -> None:
+    """Refuse weights that do not join, along the first dimension, to ``shape``.
+
+    Raises:
+        ModelFileError: they do not.
+    """
+    fits = all(part.shape[1:] == shape[1:] and part.dim() == len(shape) for part in parts)
+    if not fits or sum(part.shape[0] for part in parts) != shape[0]:
+        found = " and ".join(" x ".join(map(str, part.shape)) for part in parts)
+        raise ModelFileError(
+            f"The weight {names[0]} has the shape {found}, where the model's description asks for "
+            f"{' x '.join(map(str, shape))}; download the model again."
+        )

@@ -6,9 +6,11 @@ import torch
 
 from engine.errors import UnsupportedModelError
 from engine.quantization.base import GroupQuantized, Linear, WeightFormat
+from engine.quantization.bnb_int8 import BnbInt8Format
 from engine.quantization.dense import DenseFormat
 from engine.quantization.int4 import Int4Format
 from engine.quantization.int8 import Int8Format
+from engine.quantization.nf4 import Nf4Format
 
 WEIGHT_FORMATS: dict[str, WeightFormat] = {
     "fp64": DenseFormat("fp64", torch.float64),
@@ -16,6 +18,8 @@ WEIGHT_FORMATS: dict[str, WeightFormat] = {
     "bf16": DenseFormat("bf16", torch.bfloat16),
     "int8": Int8Format(),
     "int4": Int4Format(),
+    "nf4": Nf4Format(),
+    "bnb_int8": BnbInt8Format(),
 }
 
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.errors import UnsupportedModelError
+
 
 class Linear(ABC):
     """A packed weight matrix ``W [N, K]`` with an optional bias ``[N]``: ``y = x W^T + b``."""
@@ -56,8 +58,22 @@ class WeightFormat(Protocol):
     def unavailable(self, device: torch.device) -> str | None:
         """Why this format cannot run on ``device``, as a sentence; None if it can."""
 
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """Why the kernels take no matrix ``[out_features, in_features]``, as a sentence; None if they do."""
+
     def pack(self, weight: Tensor | GroupQuantized, bias: Tensor | None, device: torch.device) -> Linear:
-        """Pack ``weight [N, K]``."""
+        """Pack ``weight [N, K]``.
+
+        Raises:
+            UnsupportedModelError: a matrix of a shape that the kernels do not take.
+        """
 
     def bytes_per_weight(self) -> float:
         """Memory per weight, scales included."""
+
+
+def check_shape(fmt: WeightFormat, weight: Tensor | GroupQuantized) -> None:
+    """Refuse a matrix that ``fmt`` cannot hold. torch itself does not always: some of its kernels crash."""
+    rows, columns = (weight.codes if isinstance(weight, GroupQuantized) else weight).shape
+    if reason := fmt.misfit(rows, columns):
+        raise UnsupportedModelError(f"This model cannot be packed as {fmt.name}: {reason}")

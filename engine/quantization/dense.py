@@ -38,6 +38,9 @@ class DenseFormat:
     def unavailable(self, device: torch.device) -> str | None:
         return None
 
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        return None
+
     def pack(self, weight: Tensor | GroupQuantized, bias: Tensor | None, device: torch.device) -> Linear:
         if isinstance(weight, GroupQuantized):
             weight = weight.dequantize()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.quantization.base import GroupQuantized, Linear
+from engine.quantization.base import GroupQuantized, Linear, check_shape
 
 GROUP_SIZE = 32
 # Large matrices are packed piece by piece, so that the peak stays near the packed size. The packed layout
 # interleaves blocks of up to 64 rows, so pieces of 1024 rows join to the same bytes.
 _ROWS_AT_ONCE = 1024
-_INNER_K_TILES = 8  # tinygemm's own blocking parameter on CUDA
+_OUTPUTS = 16  # torch packs as many at once
 
 
 class Int4Linear(Linear):
@@ -104,7 +104,19 @@ class Int4Format:
             return None
         return f"torch has no int4 kernel for {device.type}."
 
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        if in_features % GROUP_SIZE:
+            return (
+                f"a matrix has {in_features} inputs, and int4 needs a multiple of {GROUP_SIZE}; choose int8."
+            )
+        if out_features % _OUTPUTS:
+            return (
+                f"a matrix has {out_features} outputs, and int4 needs a multiple of {_OUTPUTS}; choose int8."
+            )
+        return None
+
     def pack(self, weight: Tensor | GroupQuantized, bias: Tensor | None, device: torch.device) -> Linear:
+        check_shape(self, weight)
         if not isinstance(weight, GroupQuantized):
             weight = quantize_groups(weight)
         zero = weight.minimum + 8 * weight.scale
@@ -118,10 +130,15 @@ class Int4Format:
             codes = weight.codes.to(device)
             # tinygemm takes two codes a byte, the even column in the high half
             pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
-            packed = torch._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
+            packed = torch._convert_weight_to_int4pack(pairs, _inner_k_tiles(in_features))
             scales_and_zeros = scales_and_zeros.to(device)
         bias = None if bias is None else bias.to(device=device, dtype=torch.bfloat16)
         return Int4Linear(packed, scales_and_zeros, in_features, out_features, bias)
 
     def bytes_per_weight(self) -> float:
         return 0.5 + 4 / GROUP_SIZE
+
+
+def _inner_k_tiles(in_features: int) -> int:
+    """tinygemm's blocking parameter on CUDA: tiles of 16 inputs, joined as far as they divide the inputs."""
+    return next(tiles for tiles in (8, 4, 2) if in_features % (16 * tiles) == 0)

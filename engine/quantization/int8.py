@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.quantization.base import GroupQuantized, Linear
+from engine.quantization.base import GroupQuantized, Linear, check_shape
+
+_INPUTS = 16  # that the CPU kernel reads at once; on another multiple it reads past the end of the matrix
 
 
 class Int8Linear(Linear):
@@ -43,7 +45,13 @@ class Int8Format:
             return f"torch has no int8 kernel for {device.type}."
         return None
 
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        if in_features % _INPUTS:
+            return f"a matrix has {in_features} inputs, and int8 needs a multiple of {_INPUTS}; choose bf16."
+        return None
+
     def pack(self, weight: Tensor | GroupQuantized, bias: Tensor | None, device: torch.device) -> Linear:
+        check_shape(self, weight)
         if isinstance(weight, GroupQuantized):
             weight = weight.dequantize()
         weight = weight.float()
