@@ -129,6 +129,8 @@ def _stream(
     notices = [*result.notices]
     if result.finish_reason is FinishReason.CONTEXT:
         notices.append("The model's context is full; start a new chat to go on.")
+    if result.finish_reason is FinishReason.CANCELLED and not answering.stopped:
+        notices.append("The answer ends here, because another model was chosen meanwhile.")
     if result.finish_reason is FinishReason.LENGTH:
         notices.append("The answer reached the token limit of the side panel.")
     details = {
@@ -137,6 +139,8 @@ def _stream(
         "finish_reason": result.finish_reason.value,
         "drafted": spans.drafted,
     }
+    if result.finish_reason is FinishReason.CANCELLED:
+        details["stopped"] = True
     yield AnswerUpdate(
         (*history, StoredMessage("assistant", result.text, details)), metrics, metrics.tokens_per_second,
         " ".join(notices),

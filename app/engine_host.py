@@ -186,7 +186,9 @@ class EngineHost:
 
     def close(self) -> None:
         """Unload the model."""
-        self._cancel.set()
+        with self._lock:
+            self._cancel.set()
+            self._cancel = threading.Event()  # a load under way is not ours any more
         session, self._session = self._session, None
         if session is not None:
             session.close()
@@ -206,18 +208,26 @@ class EngineHost:
         except Exception:
             self._fail(cancel, "The model could not be loaded; details are in the log.")
         else:
-            self._session = session
-            self._state = LoadState("ready", f"{session.info.name} is ready.", 1.0)
+            with self._lock:
+                if cancel is self._cancel:
+                    self._session = session
+                    self._state = LoadState("ready", f"{session.info.name} is ready.", 1.0)
+                    return
+            session.close()  # another load was begun meanwhile, or the app ends
 
     def _fail(self, cancel: threading.Event, sentence: str) -> None:
         _log.exception("the model could not be loaded")
-        if cancel.is_set():
-            self._state = LoadState("cancelled", "Loading was stopped; Try again goes on where it ended.")
-        else:
-            self._state = LoadState("failed", sentence)
+        with self._lock:
+            if cancel is not self._cancel:
+                return  # another load was begun meanwhile, and the page is told about that one
+            if cancel.is_set():
+                self._state = LoadState("cancelled", "Loading was stopped; Try again goes on where it ended.")
+            else:
+                self._state = LoadState("failed", sentence)
 
     def _report(self, progress: Progress, cancel: threading.Event) -> None:
-        if cancel.is_set():
-            raise SlipstreamError("Loading was stopped.")
         share = progress.done / progress.total if progress.total else None
-        self._state = LoadState("loading", progress.message, share)
+        with self._lock:
+            if cancel.is_set():
+                raise SlipstreamError("Loading was stopped.")
+            self._state = LoadState("loading", progress.message, share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import gradio as gr
@@ -42,10 +43,12 @@ class VisitorStores:
     def __init__(self, limit: int = 200) -> None:
         self._limit = limit
         self._stores: dict[str, ChatStore] = {}
+        self._lock = threading.Lock()
 
     def __call__(self, owner: str) -> ChatStore:
-        store = self._stores.pop(owner, None) or ChatStore(None)
-        self._stores[owner] = store  # the latest last
-        while len(self._stores) > self._limit:
-            self._stores.pop(next(iter(self._stores))).close()
+        with self._lock:
+            store = self._stores.pop(owner, None) or ChatStore(None)
+            self._stores[owner] = store  # the latest last
+            while len(self._stores) > self._limit:
+                del self._stores[next(iter(self._stores))]  # not closed: an answer may be streaming into it
         return store

@@ -74,6 +74,8 @@ class PreferenceFile:
 
 
 def _fits(value: Any, default: Any) -> bool:
+    if isinstance(value, bool) or isinstance(default, bool):  # a bool is an int as well
+        return isinstance(value, bool) and isinstance(default, bool)
     if default is None or isinstance(default, int):
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int)
     return isinstance(value, (int, float) if isinstance(default, float) else type(default))

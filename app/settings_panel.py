@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,18 +48,22 @@ def read_settings(
     Raises:
         InvalidRequestError: one is outside its range (the page keeps them in, another client may not).
     """
-    if max_new_tokens is None or max_new_tokens != int(max_new_tokens):
-        raise InvalidRequestError("The token limit must be a whole number.")
-    whole_k = int(top_k) if top_k is not None and top_k == int(top_k) else top_k
     sampling = SamplingParams(
         temperature=temperature,
         top_p=top_p,
-        top_k=whole_k,  # type: ignore[arg-type]  # checked there
+        top_k=_whole("Top k", top_k),
         min_p=min_p,
         repetition_penalty=repetition_penalty,
-        seed=None if seed is None else int(seed),
+        seed=None if seed is None else _whole("The seed", seed),
     )
-    return AnswerSettings(system_prompt or "", sampling, int(max_new_tokens), method or "")
+    limit = _whole("The token limit", max_new_tokens)
+    return AnswerSettings(system_prompt or "", sampling, limit, method or "")
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, (int, float)) and math.isfinite(value) and value == int(value):
+        return int(value)
+    raise InvalidRequestError(f"{name} must be a whole number.")
 
 
 def build_settings(preferences: PreferenceFile) -> SettingsPanel:
