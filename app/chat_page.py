@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from app import telemetry
+from app import methods, provenance, telemetry
 from app.chats import ChatStore, StoredMessage
 from app.conversation import stream_answer
 from app.engine_host import EngineHost
@@ -27,6 +27,7 @@ LATEX = [
     {"left": "\\(", "right": "\\)", "display": False},
 ]
 _WELCOME = "# Slipstream\nA model on this machine. Nothing you write leaves it."
+_SEND, _STOP = "Send", "Stop"  # words: gradio's icons have no name for screen readers
 _TICK_SECONDS = 2.0
 _LOADING_TICK_SECONDS = 0.4
 _MAX_MESSAGE = 100_000  # characters; longer ones do not fit any context
@@ -48,7 +49,8 @@ class ChatPage:
     def __init__(
         self, host: EngineHost, store_of: StoreOf, preferences: PreferenceFile, private: bool
     ) -> None:
-        self._host, self._store_of = host, store_of
+        self._host, self._store_of, self._preferences = host, store_of, preferences
+        self._told_off: dict[str, str] = {}  # by browser session: why acceleration is off, as last told
         self._build(preferences, private)
 
     def _build(self, preferences: PreferenceFile, private: bool) -> None:
@@ -79,10 +81,11 @@ class ChatPage:
                 )
             self._composer = gr.Textbox(
                 label="Message", show_label=False, container=False, placeholder="Ask something", lines=1, max_lines=8,
-                submit_btn=True, autofocus=True, max_length=_MAX_MESSAGE, elem_id="composer",
+                submit_btn=_SEND, autofocus=True, max_length=_MAX_MESSAGE, elem_id="composer",
             )  # fmt: skip
             self._speed = _html(telemetry.speed_strip(None), elem_id="speed")
             self._machine = _html(elem_id="machine")
+            self._provenance = _html(elem_id="provenance")
         with gr.Sidebar("Settings", position="right", open=False, width=320, elem_id="settings"):
             self._settings = build_settings(preferences)
             loads = build_model_choice(self._host, preferences) if private else None
@@ -98,7 +101,8 @@ class ChatPage:
 
     def _connect_answers(self) -> None:
         outputs = [
-            self._chatbot, self._composer, self._notice, self._speed, self._chat, self._chat_list, self._manage,
+            self._chatbot, self._provenance, self._composer, self._notice, self._speed, self._chat,
+            self._chat_list, self._manage,
         ]  # fmt: skip
         inputs = [self._chat, *self._settings.answer]
         # No limit here: the engine host keeps the line, and tells everybody their place in it.
@@ -107,14 +111,16 @@ class ChatPage:
         self._chatbot.example_select(self._on_example, inputs, outputs, **running)
         self._chatbot.retry(self._on_retry, inputs, outputs, **running)
         self._chatbot.edit(self._on_edit, inputs, outputs, **running)
-        self._chatbot.undo(self._on_undo, self._chat, [self._chatbot, self._composer], **DIRECT)
+        self._chatbot.undo(
+            self._on_undo, self._chat, [self._chatbot, self._provenance, self._composer], **DIRECT
+        )
         self._composer.stop(self._on_stop, None, None, **DIRECT)
 
     def _on_submit(self, request: gr.Request, text: str, chat: int | None, *settings: Any) -> Iterator[Any]:
         store = self._store_of(_owner(request))
         history = store.messages(chat) if chat is not None else []
         if not (text or "").strip():
-            yield [gr.skip()] * 7
+            yield [gr.skip()] * 8
             return
         yield from self._answer([*history, StoredMessage("user", text.strip())], chat, settings, request)
 
@@ -128,7 +134,7 @@ class ChatPage:
         while history and history[-1].role == "assistant":
             history.pop()
         if not history:
-            yield [gr.skip()] * 7
+            yield [gr.skip()] * 8
             return
         yield from self._answer(history, chat, settings, request)
 
@@ -140,17 +146,17 @@ class ChatPage:
         text = event.value if isinstance(event.value, str) else _text_of(event.value)
         yield from self._answer([*history[:place], StoredMessage("user", text)], chat, settings, request)
 
-    def _on_undo(self, chat: int | None, request: gr.Request) -> tuple[Any, Any]:
+    def _on_undo(self, chat: int | None, request: gr.Request) -> tuple[Any, ...]:
         """Take the last question back into the composer."""
         store = self._store_of(_owner(request))
         history = store.messages(chat) if chat is not None else []
         while history and history[-1].role == "assistant":
             history.pop()
         if chat is None or not history:
-            return gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip()
         question = history.pop()
         store.replace(chat, history)
-        return _bubbles(history), question.content
+        return *_shown(history), question.content
 
     def _on_stop(self, request: gr.Request) -> None:
         self._host.stop(_owner(request))
@@ -164,30 +170,42 @@ class ChatPage:
         try:
             settings = read_settings(*values)
         except SlipstreamError as error:
-            yield gr.skip(), gr.skip(), telemetry.notice(str(error), "error"), *[gr.skip()] * 4
+            yield *[gr.skip()] * 3, telemetry.notice(str(error), "error"), *[gr.skip()] * 4
             return
         if chat is None:
             chat = store.create(history[0].content)
-        busy = gr.Textbox(value="", submit_btn=False, stop_btn=True)
-        ready = gr.Textbox(submit_btn=True, stop_btn=False)
-        shown = _bubbles([*history, StoredMessage("assistant", "")])
-        yield shown, busy, "", gr.skip(), chat, self._choices(store, chat), gr.Accordion(visible=True)
+        busy = gr.Textbox(value="", submit_btn=False, stop_btn=_STOP)
+        ready = gr.Textbox(submit_btn=_SEND, stop_btn=False)
+        yield (
+            *_shown([*history, StoredMessage("assistant", "")]), busy, "", gr.skip(), chat, self._choices(store, chat),
+            gr.Accordion(visible=True),
+        )  # fmt: skip
         rates: deque[float] = deque(maxlen=40)
+        why_off = ""
         for update in stream_answer(self._host, store, chat, history, settings, owner):
             if update.rate:
                 rates.append(update.rate)
             kind = "error" if update.failed else "info"
+            why_off = self._why_off(owner, update.speculation) or why_off  # stays for this answer
+            strip = telemetry.speed_strip(update.metrics, update.speculation, rates, update.accelerated)
             yield (
-                _bubbles(update.messages), gr.skip(), telemetry.notice(update.notice, kind),
-                telemetry.speed_strip(update.metrics, rates=rates) if update.metrics else gr.skip(),
-                *[gr.skip()] * 3,
+                *_shown(update.messages), gr.skip(), telemetry.notice(update.notice or why_off, kind),
+                strip if update.metrics else gr.skip(), *[gr.skip()] * 3,
             )  # fmt: skip
-        yield gr.skip(), ready, *[gr.skip()] * 3, self._choices(store, chat), gr.skip()
+        yield *[gr.skip()] * 2, ready, *[gr.skip()] * 3, self._choices(store, chat), gr.skip()
+
+    def _why_off(self, owner: str, speculation: Any | None) -> str:
+        """Why acceleration has just been switched off; empty if it is not, or if it was told already."""
+        reason = speculation.reason if speculation is not None and speculation.is_off else None
+        if not reason or self._told_off.get(owner) == reason:
+            return ""
+        self._told_off[owner] = reason
+        return str(reason)
 
     # Past chats
 
     def _connect_chats(self, new_chat: Any, title: Any, delete: Any) -> None:
-        page = [self._chatbot, self._notice, self._chat, self._chat_list, self._manage]
+        page = [self._chatbot, self._provenance, self._notice, self._chat, self._chat_list, self._manage]
         new_chat.click(self._on_new, None, page, **DIRECT)
         self._chat_list.input(self._on_open, self._chat_list, page, **DIRECT)
         title.submit(self._on_rename, [self._chat, title], [self._chat_list, title], **DIRECT)
@@ -195,6 +213,8 @@ class ChatPage:
         blocks = gr.context.Context.root_block
         assert blocks is not None
         blocks.load(self._on_load, None, [self._chat_list, self._machine], **DIRECT)
+        for event in (blocks.load, self._settings.tint.change):
+            event(None, self._settings.tint, None, js=provenance.SWITCH, **DIRECT)
         blocks.unload(self._on_unload)
 
     def _on_load(self, request: gr.Request) -> tuple[Any, str]:
@@ -202,16 +222,24 @@ class ChatPage:
 
     def _on_unload(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for the answer."""
+        self._told_off.pop(_owner(request), None)
         self._host.stop(_owner(request))
 
     def _on_new(self, request: gr.Request) -> tuple[Any, ...]:
         self._host.stop(_owner(request))
-        return [], "", None, self._choices(self._store_of(_owner(request)), None), gr.Accordion(visible=False)
+        return (
+            [],
+            "",
+            "",
+            None,
+            self._choices(self._store_of(_owner(request)), None),
+            gr.Accordion(visible=False),
+        )
 
     def _on_open(self, chat: int, request: gr.Request) -> tuple[Any, ...]:
         self._host.stop(_owner(request))
         store = self._store_of(_owner(request))
-        return _bubbles(store.messages(chat)), "", chat, gr.skip(), gr.Accordion(visible=True)
+        return *_shown(store.messages(chat)), "", chat, gr.skip(), gr.Accordion(visible=True)
 
     def _on_rename(self, chat: int | None, title: str, request: gr.Request) -> tuple[Any, str]:
         store = self._store_of(_owner(request))
@@ -247,8 +275,9 @@ class ChatPage:
     def _loading_state(self) -> tuple[Any, ...]:
         state, session = self._host.state, self._host.loaded
         if state.stage == "ready" and session is not None:
-            methods = session.methods()
-            method = gr.Radio(choices=list(methods), value=methods[0], visible=len(methods) > 1)
+            names = session.methods()
+            picked = methods.pick(names, self._preferences.value.method)
+            method = gr.Radio(choices=methods.choices(names), value=picked, visible=len(names) > 1)
             return gr.Row(visible=False), "", gr.skip(), gr.Timer(active=False), method
         if state.stage == "loading":
             text = telemetry.loading_strip(state.message, state.share)
@@ -269,8 +298,10 @@ def _owner(request: gr.Request) -> str:
     return request.session_hash or ""
 
 
-def _bubbles(messages: Sequence[StoredMessage]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
+def _shown(messages: Sequence[StoredMessage]) -> tuple[list[dict[str, str]], str]:
+    """A chat as bubbles, and which of its words were drafted."""
+    bubbles = [{"role": message.role, "content": message.content} for message in messages]
+    return bubbles, provenance.as_html(messages)
 
 
 def _text_of(value: Any) -> str:

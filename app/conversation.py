@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from time import monotonic, sleep
 from typing import Any
 
+from app import methods
 from app.chats import ChatStore, StoredMessage
 from app.engine_host import Answering, EngineHost
 from engine.errors import SlipstreamError
@@ -38,12 +39,16 @@ class AnswerUpdate:
         messages: the whole chat, the answer so far last.
         metrics: the engine's live counters; None where there is nothing new to say.
         rate: tokens/s of the last interval.
+        accelerated: whether the answer's method drafts.
+        speculation: the engine's ``SpeculationState``, if anything drafts.
         notice: a sentence to show, or none.
     """
 
     messages: tuple[StoredMessage, ...]
     metrics: Any | None = None
     rate: float | None = None
+    accelerated: bool = False
+    speculation: Any | None = None
     notice: str = ""
     failed: bool = False
 
@@ -104,13 +109,16 @@ def _stream(
     host: EngineHost, answering: Answering, history: Sequence[StoredMessage], settings: AnswerSettings
 ) -> Iterator[AnswerUpdate]:
     system = [Message("system", settings.system_prompt)] if settings.system_prompt.strip() else []
+    session = host.session
+    method = methods.pick(session.methods(), settings.method)
     request = GenerationRequest(
         messages=(*system, *(Message(turn.role, turn.content) for turn in history)),
         sampling=settings.sampling,
         max_new_tokens=settings.max_new_tokens,
-        method=settings.method,
+        method=method,
     )
-    generation = host.session.stream_generate(request)
+    drafts = methods.is_accelerated(method)
+    generation = session.stream_generate(request)
     answering.attach(generation)
     text, spans = "", _Spans()
     metrics = generation.metrics
@@ -124,7 +132,10 @@ def _stream(
         seconds = metrics.decode_seconds - seen_seconds
         rate = (metrics.num_decode_tokens - seen_tokens) / seconds if seconds > 0 else None
         seen_tokens, seen_seconds = metrics.num_decode_tokens, metrics.decode_seconds
-        yield AnswerUpdate((*history, StoredMessage("assistant", text)), metrics, rate)
+        answer = StoredMessage("assistant", text, {"drafted": list(spans.drafted)})
+        yield AnswerUpdate(
+            (*history, answer), metrics, rate, drafts, session.speculation() if drafts else None
+        )
     result = generation.result
     notices = [*result.notices]
     if result.finish_reason is FinishReason.CONTEXT:
@@ -143,7 +154,7 @@ def _stream(
         details["stopped"] = True
     yield AnswerUpdate(
         (*history, StoredMessage("assistant", result.text, details)), metrics, metrics.tokens_per_second,
-        " ".join(notices),
+        drafts, session.speculation() if drafts else None, " ".join(notices),
     )  # fmt: skip
 
 

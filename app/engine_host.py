@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from app.spare_sessions import SpareSessions
 from engine.errors import InvalidRequestError, SlipstreamError
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class EngineHost:
         self._cancel = threading.Event()
         self._thread: threading.Thread | None = None
         self.turns = TurnQueue()
+        self.spares = SpareSessions(self._load_spare)
 
     def start(self, choice: ModelChoice | None = None) -> None:
         """Begin to load: at first, again after a failure, or another model in place of the present one."""
@@ -189,16 +191,22 @@ class EngineHost:
         with self._lock:
             self._cancel.set()
             self._cancel = threading.Event()  # a load under way is not ours any more
+        self._unload()
+
+    def _load_spare(self, weight_format: str) -> Any:
+        choice = ModelChoice(self.choice.source, weight_format)
+        return self._load(choice, lambda progress: None, threading.Event())
+
+    def _unload(self) -> None:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+        self.spares.keep_only(())
 
     def _run(self, choice: ModelChoice, cancel: threading.Event, before: threading.Thread | None) -> None:
         if before is not None:
             before.join()
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()  # before the next one is loaded: both might not fit
+        self._unload()  # before the next one is loaded: both might not fit
         try:
             session = self._load(choice, lambda progress: self._report(progress, cancel), cancel)
         except SlipstreamError as error:

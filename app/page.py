@@ -9,6 +9,7 @@ import gradio as gr
 
 from app.chat_page import ChatPage
 from app.chats import ChatStore
+from app.compare_page import ComparePage
 from app.engine_host import EngineHost
 from app.preferences import PreferenceFile
 from engine import paths
@@ -22,8 +23,12 @@ def build_blocks(host: EngineHost, preferences: PreferenceFile, private: bool) -
             (a Space) every visitor has chats of their own, in memory, until they leave.
     """
     stores = OneStore(ChatStore(paths.data_dir() / "chats.sqlite")) if private else VisitorStores()
-    with gr.Blocks(title="Slipstream", fill_height=True, fill_width=True, analytics_enabled=False) as blocks:
-        ChatPage(host, stores, preferences, private)
+    blocks = gr.Blocks(title="Slipstream", fill_height=True, fill_width=True, analytics_enabled=False)
+    with blocks, gr.Tabs(elem_id="pages", overflow_behavior="wrap"):
+        with gr.Tab("Chat", id="chat"):
+            ChatPage(host, stores, preferences, private)
+        with gr.Tab("Compare", id="compare-tab"):
+            ComparePage(host, preferences, private)
     return blocks
 
 

@@ -24,6 +24,8 @@ class Preferences:
     repetition_penalty: float = 1.1
     seed: int | None = None
     max_new_tokens: int = 1024
+    method: str = ""  # acceleration where the model has it
+    tint_drafted: bool = False
     model: str = ""  # the default model
     weight_format: str = "auto"
 

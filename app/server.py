@@ -71,6 +71,7 @@ def build_app(blocks: Any, local_only: bool) -> FastAPI:
     """
     import gradio as gr
 
+    from app.provenance import script
     from app.theme import css, theme
 
     app = FastAPI(title="Slipstream", docs_url=None, redoc_url=None, openapi_url=None)
@@ -82,7 +83,7 @@ def build_app(blocks: Any, local_only: bool) -> FastAPI:
     if local_only:
         app.add_middleware(LocalOnly)
     return gr.mount_gradio_app(
-        app, blocks, path="/", footer_links=[], run_history=False, theme=theme(), css=css(),
+        app, blocks, path="/", footer_links=[], run_history=False, theme=theme(), css=css(), head=script(),
         show_error=False, favicon_path=str(_ICON), max_file_size=0, ssr_mode=False, enable_monitoring=False,
         pwa=False, mcp_server=False,
     )  # fmt: skip

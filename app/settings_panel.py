@@ -21,6 +21,7 @@ FORMATS = [
     ("16 bit", "bf16"),
     ("32 bit", "fp32"),
 ]
+_DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class SettingsPanel:
 
     answer: tuple[Any, ...]
     method: Any
+    tint: Any
     reset: Any
 
 
@@ -69,6 +71,11 @@ def _whole(name: str, value: Any) -> int:
 def build_settings(preferences: PreferenceFile) -> SettingsPanel:
     """Lay the panel out in the present container."""
     values = preferences.value
+    method = gr.Radio(
+        choices=[], label="Decoding", visible=False, elem_id="method",
+        info="The same text either way; from the next message on",
+    )  # fmt: skip
+    method.input(lambda value: preferences.save(method=value), method, None, **_DIRECT)
     with gr.Group():
         system_prompt = gr.Textbox(
             values.system_prompt, label="System prompt", lines=3, max_lines=8, max_length=20000,
@@ -84,7 +91,11 @@ def build_settings(preferences: PreferenceFile) -> SettingsPanel:
             16, 8192, values.max_new_tokens, step=16, label="Token limit of an answer", buttons=[],
             elem_id="max-tokens",
         )  # fmt: skip
-    method = gr.Radio(choices=[], label="Decoding method", visible=False, elem_id="method")
+    tint = gr.Checkbox(
+        values.tint_drafted, label="Tint drafted words", elem_id="tint",
+        info="Words that acceleration drafted and the model accepted",
+    )  # fmt: skip
+    tint.input(lambda value: preferences.save(tint_drafted=value), tint, None, **_DIRECT)
     with gr.Accordion("More sampling", open=False):
         top_k = gr.Slider(0, 200, values.top_k, step=1, label="Top k", info="0 is off", buttons=[])
         min_p = gr.Slider(0, 1, values.min_p, step=0.01, label="Min p", info="0 is off", buttons=[])
@@ -111,12 +122,11 @@ def build_settings(preferences: PreferenceFile) -> SettingsPanel:
         def save(value: Any, name: str = name) -> None:
             preferences.save(**{name: value})
 
-        component.change(save, component, None, queue=False, show_progress="hidden", api_visibility="private")
+        component.change(save, component, None, **_DIRECT)
     reset.click(
-        lambda: [getattr(defaults, name) for name in names], None, list(answer),
-        queue=False, show_progress="hidden", api_visibility="private",
+        lambda: [getattr(defaults, name) for name in names], None, list(answer), **_DIRECT
     )  # fmt: skip
-    return SettingsPanel((*answer, method), method, reset)
+    return SettingsPanel((*answer, method), method, tint, reset)
 
 
 def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> Any:
@@ -138,7 +148,4 @@ def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> Any:
         preferences.save(model=source, weight_format=weights)
         host.start(ModelChoice(source, weights))
 
-    return load.click(
-        change_model, [model, weight_format], None, queue=False, show_progress="hidden",
-        api_visibility="private",
-    )  # fmt: skip
+    return load.click(change_model, [model, weight_format], None, **_DIRECT)

@@ -21,6 +21,23 @@ class Memory:
     gpu_total: int | None = None
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a strip.
+
+    Attributes:
+        hint: what it means, as HTML text.
+        width: characters to reserve.
+        accelerated: shown in the accent colour.
+    """
+
+    name: str
+    value: str
+    hint: str
+    width: int = 0
+    accelerated: bool = False
+
+
 def read_memory() -> Memory:
     """Look at the meters now."""
     from engine import hardware
@@ -32,56 +49,77 @@ def read_memory() -> Memory:
     )  # fmt: skip
 
 
-def speed_strip(metrics: Any | None, plain_rate: float | None = None, rates: Sequence[float] = ()) -> str:
+def speed_strip(
+    metrics: Any | None,
+    speculation: Any | None = None,
+    rates: Sequence[float] = (),
+    accelerated: bool = False,
+) -> str:
     """Speed of the running or last answer.
 
     Args:
         metrics: ``GenerationMetrics`` or None before the first answer.
-        plain_rate: tokens/s of plain decoding measured on this machine; with drafts, the speedup is shown.
+        speculation: ``SpeculationState``: the plain rate measured on this machine, for the speedup.
         rates: recent tokens/s, for the plot.
+        accelerated: whether the method drafts: what drafts did is shown then, and in the accent colour.
     """
-    rate = metrics.tokens_per_second if metrics else None
     cells = [
-        ("tokens/s", _number(rate, 1), "Decoding rate, in the engine's own time"),
-        ("first token", _seconds(metrics.ttft if metrics else None), "Time to first token"),
-        ("tokens", str(metrics.num_new_tokens) if metrics else EMPTY, "New tokens of this answer"),
+        Cell("tokens/s", number(rate(metrics), 1), "Decoding rate, in the engine's own time", 5),
+        Cell("first token", seconds(metrics.ttft if metrics else None), "Time to first token", 6),
+        Cell("tokens", str(metrics.num_new_tokens) if metrics else EMPTY, "New tokens of this answer", 4),
     ]
+    if accelerated:
+        cells += [_speedup(metrics, speculation), *draft_cells(metrics)]
+    plot = _sparkline(rates, accelerated)
+    return f'<div class="strip" role="status">{"".join(map(show_cell, cells))}{plot}</div>'
+
+
+def draft_cells(metrics: Any | None) -> list[Cell]:
+    """What drafts did: acceptance rate, mean acceptance length, counts."""
     stats = metrics.speculation if metrics else None
+    accepted, length, counts = EMPTY, EMPTY, EMPTY
     if stats is not None and stats.num_draft_tokens:
-        speedup = rate / plain_rate if rate and plain_rate else None
-        cells += [
-            ("accepted", _percent(stats.acceptance_rate), "Acceptance rate: accepted / drafted tokens"),
-            ("length", _number(stats.mean_acceptance_length, 2), "Mean acceptance length: tokens per round"),
-            ("drafts", f"{stats.num_accepted_tokens}/{stats.num_draft_tokens}", "Accepted / drafted tokens"),
-            ("speedup", f"{speedup:.2f}×" if speedup else EMPTY, "Against plain decoding on this machine"),
-        ]
-    return f'<div class="strip" role="status">{"".join(map(_cell, cells))}{_sparkline(rates)}</div>'
+        accepted, length = percent(stats.acceptance_rate), number(stats.mean_acceptance_length, 2)
+        counts = f"{stats.num_accepted_tokens}/{stats.num_draft_tokens}"
+    return [
+        Cell("accepted", accepted, "Acceptance rate: accepted / drafted tokens", 4, True),
+        Cell("length", length, "Mean acceptance length: tokens per round", 4, True),
+        Cell("drafts", counts, "Accepted / drafted tokens", 7, True),
+    ]
 
 
-def machine_strip(info: Any | None, memory: Memory, method: str = "plain") -> str:
+def _speedup(metrics: Any | None, speculation: Any | None) -> Cell:
+    """Speed against the plain rate, or that drafting is off at the moment."""
+    hint, value = "Against plain decoding, not measured yet", EMPTY
+    plain = speculation.plain_tokens_per_second if speculation is not None else None
+    now = rate(metrics)
+    if plain:
+        hint = f"Against plain decoding, measured on this machine at {plain:.1f} tokens/s"
+        value = f"{now / plain:.2f}×" if now else EMPTY
+    if speculation is not None and speculation.is_off:
+        return Cell("plain for now", value, escape(speculation.reason or hint), 5)
+    return Cell("speedup", value, hint, 5, True)
+
+
+def machine_strip(info: Any | None, memory: Memory) -> str:
     """Model, format and memory: what stays the same while tokens stream."""
     cells = []
     if info is not None:
         kind = f"{info.weight_format} · {info.kernel} · {info.device}"
         cells += [
-            ("", escape(info.name.rsplit("/", 1)[-1]), escape(info.name)),
-            ("", escape(kind), "Weight format, kernels, device"),
-            ("", escape(method), "Decoding method"),
-            ("weights", _megabytes(info.weight_bytes), "Weights that one decoding step reads"),
+            Cell("", escape(info.name.rsplit("/", 1)[-1]), escape(info.name)),
+            Cell("", escape(kind), "Weight format, kernels, device"),
+            Cell("weights", _megabytes(info.weight_bytes), "Weights that one decoding step reads"),
         ]
+    machine = f"{_gb(memory.machine_used)} / {_gb(memory.machine_total)} GB"
     cells += [
-        ("app", _megabytes(memory.process), "Memory of this process"),
-        (
-            "machine",
-            f"{_gb(memory.machine_used)} / {_gb(memory.machine_total)} GB",
-            "Memory of the machine in use",
-        ),
+        Cell("app", _megabytes(memory.process), "Memory of this process"),
+        Cell("machine", machine, "Memory of the machine in use"),
     ]
     if memory.gpu_used is not None and memory.gpu_total is not None:
-        cells.append(
-            ("GPU", f"{_gb(memory.gpu_used)} / {_gb(memory.gpu_total)} GB", "Memory of the GPU in use")
-        )
-    return f'<div class="strip quiet">{"".join(map(_cell, cells))}</div>'
+        gpu = f"{_gb(memory.gpu_used)} / {_gb(memory.gpu_total)} GB"
+        cells.append(Cell("GPU", gpu, "Memory of the GPU in use"))
+    return f'<div class="strip quiet">{"".join(map(show_cell, cells))}</div>'
 
 
 def loading_strip(message: str, share: float | None) -> str:
@@ -99,13 +137,20 @@ def notice(sentence: str, kind: str = "info") -> str:
     return f'<div class="notice {kind}" role="alert">{escape(sentence)}</div>' if sentence else ""
 
 
-def _cell(cell: tuple[str, str, str]) -> str:
-    name, value, hint = cell
-    label = f"<small>{name}</small>" if name else ""
-    return f'<span class="cell" title="{hint}"><b>{value}</b>{label}</span>'
+def rate(metrics: Any | None) -> float | None:
+    """Tokens/s of an answer; None before there is one."""
+    return metrics.tokens_per_second if metrics else None
 
 
-def _sparkline(rates: Sequence[float]) -> str:
+def show_cell(cell: Cell) -> str:
+    """A figure with its name; the figure's width is reserved, so that nothing moves."""
+    label = f"<small>{cell.name}</small>" if cell.name else ""
+    kind = "cell accelerated" if cell.accelerated else "cell"
+    width = f' style="min-width:{cell.width}ch"' if cell.width else ""
+    return f'<span class="{kind}" title="{cell.hint}"><b{width}>{cell.value}</b>{label}</span>'
+
+
+def _sparkline(rates: Sequence[float], accelerated: bool) -> str:
     recent = list(rates)[-40:]
     if len(recent) < 2:
         return ""
@@ -113,23 +158,27 @@ def _sparkline(rates: Sequence[float]) -> str:
     points = " ".join(
         f"{i * 96 / (len(recent) - 1):.1f},{22 - 20 * r / top:.1f}" for i, r in enumerate(recent)
     )
+    kind = "spark accelerated" if accelerated else "spark"
     return (
-        f'<svg class="spark" viewBox="0 0 96 24" role="img" aria-label="Tokens per second, recent rounds">'
+        f'<svg class="{kind}" viewBox="0 0 96 24" role="img" aria-label="Tokens per second, recent rounds">'
         f'<polyline points="{points}"/></svg>'
     )
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """With so many digits behind the point, or a dash."""
     return EMPTY if value is None else f"{value:.{digits}f}"
 
 
-def _seconds(value: float | None) -> str:
+def seconds(value: float | None) -> str:
+    """Milliseconds below a second, or a dash."""
     if value is None:
         return EMPTY
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """Whole per cent, or a dash."""
     return EMPTY if value is None else f"{100 * value:.0f} %"
 
 

@@ -18,12 +18,15 @@ from engine.decoding.sampling import Sampler
 from engine.errors import InvalidRequestError
 from engine.generation import ENGINE_LOCK, Generation
 from engine.prefix import KeptCache, PrefixCaches, settle
-from engine.requests import GenerationRequest, Message
+from engine.requests import GenerationRequest, Message, SamplingParams
 from engine.text_stream import TextStream
 from engine.threads import use_threads
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.decoding.controller import SpeculationState
     from engine.hub import ResolvedModel
     from engine.progress import Progress
 
@@ -106,6 +109,35 @@ class Session:
     def methods(self) -> tuple[str, ...]:
         """Decoding methods that this model can use; the first is the default."""
         return self.backend.methods()
+
+    def speculation(self) -> SpeculationState | None:
+        """What the depth controller has measured and decided; None where nothing drafts."""
+        m2r2 = getattr(self.backend, "m2r2", None)  # a backend without drafts has none
+        return None if m2r2 is None else m2r2.controller.state()
+
+    def top2_gap(self, ids: Sequence[int]) -> float:
+        """How close a call the token after ``ids`` is: the best logit less the second, computed by the
+        model's plain step. Where two lanes differ, a gap near zero says that rounding decided.
+
+        Raises:
+            InvalidRequestError: ``ids`` is empty or longer than the context.
+        """
+        ids = self._checked_ids(ids)
+        if not ids:
+            raise InvalidRequestError("Give at least one token.")
+        check_length(len(ids), self.backend.context_length)
+        cache: Any = self.backend.new_cache(len(ids))
+        sampler = _Listener()
+        sequence = TokenSequence(ids, cache, sampler, len(ids))
+        for begin in range(0, len(ids) - 1, self.backend.prefill_chunk):
+            chunk = ids[begin : min(begin + self.backend.prefill_chunk, len(ids) - 1)]
+            with ENGINE_LOCK, use_threads(self.num_threads):
+                self.backend.prefill(chunk, cache)
+        with ENGINE_LOCK, use_threads(self.num_threads):
+            method = self.backend.method("plain")
+            method.start(sequence)
+            method.step(1)
+        return sampler.gap
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text``, without any chat template."""
@@ -218,3 +250,16 @@ class Session:
         if wrong := next((index for index in ids if not 0 <= index < size), None):
             raise InvalidRequestError(f"The token id {wrong} is not in the vocabulary of {size} tokens.")
         return ids
+
+
+class _Listener(Sampler):
+    """Greedy, and remembers how far ahead the best token was."""
+
+    def __init__(self) -> None:
+        super().__init__(SamplingParams())
+        self.gap = 0.0
+
+    def choose(self, logits: Tensor, history: Sequence[int]) -> int:
+        best, second = logits.topk(2).values.double().tolist()
+        self.gap = best - second
+        return super().choose(logits, history)

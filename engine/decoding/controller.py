@@ -34,6 +34,29 @@ _PAUSE, _LONGEST_PAUSE = 64, 1024  # plain rounds until drafting is tried again
 
 
 @dataclass(frozen=True)
+class SpeculationState:
+    """What the controller knows at the moment, for people to read. None: not measured yet.
+
+    Attributes:
+        plain_seconds: a plain step, the median of the latest. Its inverse is the plain rate.
+        draft_seconds: a draft step.
+        acceptance: share of right ones among drafts whose predecessors were right.
+        is_off: drafting is switched off for now; ``reason`` says why in one sentence.
+    """
+
+    plain_seconds: float | None = None
+    draft_seconds: float | None = None
+    acceptance: float | None = None
+    is_off: bool = False
+    reason: str | None = None
+
+    @property
+    def plain_tokens_per_second(self) -> float | None:
+        """The plain rate as measured on this machine, between rounds that draft."""
+        return 1 / self.plain_seconds if self.plain_seconds else None
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One round as it went: what was drafted, kept and accepted, and what it took, in seconds.
 
@@ -134,6 +157,15 @@ class DepthController:
         costs = {name: round(1e3 * median(times), 3) for name, times in sorted(self._times.items())}
         return {"costs_ms": costs, "acceptance": self._next_right / self._next_seen, "reason": self.reason}
 
+    def state(self) -> SpeculationState:
+        """Where things stand; may be called from any thread."""
+        drafts = self._time("draft")
+        acceptance = self._next_right / self._next_seen if drafts else None
+        is_off = self.is_off
+        return SpeculationState(
+            self._time("plain"), drafts, acceptance, is_off, self.reason if is_off else None
+        )
+
     def export(self) -> dict[str, Any]:
         """Everything learnt, as JSON; the caller keeps it per model and machine."""
         return {
@@ -227,7 +259,7 @@ class DepthController:
 
     def _time(self, name: str) -> float | None:
         times = self._times.get(name)
-        return median(times) if times else None
+        return median(tuple(times)) if times else None  # a copy: another thread may be adding to it
 
     def _plain(self) -> float:
         return self._time("plain") or 1.0
