@@ -26,6 +26,7 @@ HELP = """usage: python launch.py [command] [options]
   run        start the chat and open the browser (what happens without a command)
   generate   one prompt on the command line, streaming
   bench      compare methods, formats and peers side by side
+  tune       train an accelerator for a model on this machine; stops and goes on at any time
   doctor     this machine, what can run on it, and what would be picked
   shortcut   put Slipstream into the desktop's menu (Linux)
 
@@ -494,6 +495,7 @@ COMMANDS = {
     "run": start,
     "generate": command_line("generate"),
     "bench": command_line("bench"),
+    "tune": command_line("tune"),
     "doctor": doctor,
     "shortcut": shortcut,
     "test": test,

@@ -1,4 +1,4 @@
-"""The commands ``generate`` and ``bench``: arguments in, text out. Errors are one sentence, exit code 1."""
+"""The commands ``generate``, ``bench`` and ``tune``: arguments in, text out. Errors are one sentence, exit code 1."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``generate ...`` or ``bench ...``; returns the exit code."""
+    """Run ``generate ...``, ``bench ...`` or ``tune ...``; returns the exit code."""
     arguments = build_parser().parse_args(list(argv))
     try:
         if arguments.command == "bench":
             from engine.evaluation.command import bench
 
             return bench(arguments)
+        if arguments.command == "tune":
+            from engine.residuals.command import tune_command
+
+            return tune_command(arguments)
         return generate(arguments)
     except SlipstreamError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -33,8 +37,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Arguments of both commands."""
+    """Arguments of all commands."""
     from engine.evaluation.suites import SUITES
+    from engine.residuals.command import add_arguments
 
     parser = argparse.ArgumentParser(prog="launch.py")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -70,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--temperature", type=float, default=0.0)
     bench.add_argument("--json", default=None, metavar="FILE", help="report, written after every prompt")
     bench.add_argument("--resume", action="store_true", help="go on with the report given by --json")
+
+    add_arguments(commands.add_parser("tune", help="train an accelerator for a model on this machine"))
     return parser
 
 

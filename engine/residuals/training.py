@@ -10,7 +10,7 @@ our choice).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,18 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Sequences of one optimiser step, and their final states where these were kept from an earlier run.
+
+    Attributes:
+        finals: final states of unit RMS, ``[B, T, D]``; None: the base model computes them again.
+    """
+
+    sequences: Sequences
+    finals: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Teacher:
     """What the base model gives for one batch: everything the accelerated stream learns from."""
 
@@ -58,19 +70,24 @@ class Teacher:
 
 
 @torch.no_grad()
-def run_teacher(decoder: Decoder, tokens: Tensor, depth: int) -> Teacher:
-    """The base model over ``tokens [B, T]``; K/V of the first ``depth`` layers are kept."""
+def run_teacher(decoder: Decoder, tokens: Tensor, depth: int, finals: Tensor | None = None) -> Teacher:
+    """The base model over ``tokens [B, T]``; K/V of the first ``depth`` layers are kept.
+
+    With ``finals`` (see :class:`Batch`) only those layers run.
+    """
     config = decoder.config
     decoder.rope.ensure(tokens.shape[1])
     cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None])
     embedded = hidden = decoder.embed(tokens)
     keys, values = [], []
-    for index in range(config.num_layers):
+    for index in range(config.num_layers if finals is None else depth):
         hidden, k, v = _slow_layer(decoder, index, hidden, cos, sin)
         if index < depth:
             keys.append(k)
             values.append(v)
-    return Teacher(embedded, keys, values, unit_rms(hidden, config.norm_eps), cos, sin)
+    if finals is None:
+        finals = unit_rms(hidden, config.norm_eps)
+    return Teacher(embedded, keys, values, finals.to(hidden), cos, sin)
 
 
 def _slow_layer(
@@ -114,16 +131,20 @@ class Objective:
         self.decoder, self.accelerator, self.config = decoder, accelerator, config
         self._head = accelerator.draft_head(decoder)
 
-    def __call__(self, batch: Sequences, num_passes: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    def accelerate(self, teacher: Teacher, condition: Tensor | None) -> Tensor:
+        """Exit states at every position, ``[B, T, D]``; a variant of the stream overrides this."""
+        return accelerate(self.accelerator, self.decoder, teacher, condition)
+
+    def __call__(self, batch: Batch, num_passes: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """Loss, and per pass the share of positions whose drafted argmax is the model's.
 
         Positions count from the prompt's last token to the continuation's last but one.
         """
         decoder, accelerator, config = self.decoder, self.accelerator, self.config
         device = decoder.device
-        tokens = batch.tokens.long().to(device)
-        counted = _counted(batch, device).flatten()
-        teacher = run_teacher(decoder, tokens, accelerator.config.depth)
+        tokens = batch.sequences.tokens.long().to(device)
+        counted = _counted(batch.sequences, device).flatten()
+        teacher = run_teacher(decoder, tokens, accelerator.config.depth, batch.finals)
         final = teacher.final.flatten(0, 1)[counted]
         with torch.no_grad():
             full = decoder.weights.lm_head(final * decoder.weights.final_norm.to(final.dtype))
@@ -135,7 +156,7 @@ class Objective:
         loss = torch.zeros((), device=device)
         agreements = []
         for ahead in range(num_passes or config.num_passes):
-            exit_state = accelerate(accelerator, decoder, teacher, condition)
+            exit_state = self.accelerate(teacher, condition)
             chosen = exit_state.flatten(0, 1)[counted]
             log_q = F.linear(chosen, self._head).float().log_softmax(-1)
             soft = -(target * log_q).sum(-1).mean()
@@ -158,31 +179,52 @@ def _counted(batch: Sequences, device: torch.device) -> Tensor:
     return (position >= first) & (position < last)
 
 
-def batches(data: Sequences, tokens_per_batch: int, seed: int) -> Iterator[Sequences]:
-    """Endless batches of sequences of similar length, shuffled anew each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
+class BatchOrder:
+    """Which sequences make up the batch of each step: those of similar length, shuffled anew each epoch.
+
+    It depends on the lengths, the seed and the step alone, so that a run can go on anywhere.
+
+    Args:
+        lengths: int ``[n]``. kept: bool ``[n]``, whose final states are kept: a batch has either kind.
+    """
+
+    def __init__(self, lengths: Tensor, kept: Tensor, tokens_per_batch: int, seed: int) -> None:
+        self._lengths, self._kept = lengths, kept
+        self._tokens_per_batch, self._seed = tokens_per_batch, seed
+        self._epoch, self._first, self._groups = -1, 0, list[Tensor]()
+
+    def rows(self, step: int) -> Tensor:
+        """Indices of the sequences of batch ``step``, counted from 0."""
+        if step < self._first:
+            self._epoch, self._first, self._groups = -1, 0, []
+        while step >= self._first + len(self._groups):
+            self._first += len(self._groups)
+            self._epoch += 1
+            self._groups = self._plan(self._epoch)
+        return self._groups[step - self._first]
+
+    def _plan(self, epoch: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         # Noise on the sort key mixes neighbours without mixing long with short.
-        noisy = data.lengths.float() + 32 * torch.rand(len(data.lengths), generator=generator)
-        order = noisy.argsort()
-        groups, begin = [], 0
-        while begin < len(order):
-            end, width = begin, 0
-            while end < len(order):
-                width = max(width, _padded(int(data.lengths[order[end]])))
-                if (end + 1 - begin) * width > tokens_per_batch and end > begin:
-                    break
-                end += 1
-            groups.append(order[begin:end])
-            begin = end
-        for group in torch.randperm(len(groups), generator=generator).tolist():
-            part = data.select(groups[group])
-            yield Sequences(
-                part.tokens[:, : _padded(int(part.lengths.max()))], part.prompt_lengths, part.lengths
-            )
+        noisy = self._lengths.float() + 32 * torch.rand(len(self._lengths), generator=generator)
+        groups = []
+        for kind in (True, False):
+            members = (self._kept == kind).nonzero()[:, 0]
+            order, begin = members[noisy[members].argsort()], 0
+            while begin < len(order):
+                end, width = begin, 0
+                while end < len(order):
+                    width = max(width, padded(int(self._lengths[order[end]])))
+                    if (end + 1 - begin) * width > self._tokens_per_batch and end > begin:
+                        break
+                    end += 1
+                groups.append(order[begin:end])
+                begin = end
+        return [groups[index] for index in torch.randperm(len(groups), generator=generator).tolist()]
 
 
-def _padded(length: int) -> int:
+def padded(length: int) -> int:
+    """Sequences are padded to multiples of 64."""
     return -(-length // 64) * 64
 
 
@@ -195,18 +237,29 @@ def learning_rate_factor(step: int, total: int, warmup: int) -> float:
 
 
 class Trainer:
-    """AdamW over an accelerator's parameters; state can be saved and restored between any two steps."""
+    """AdamW over an accelerator's parameters; state can be saved and restored between any two steps.
 
-    def __init__(self, objective: Objective, total_steps: int) -> None:
+    Args:
+        average: called between the backward pass and the step, where several processes train together.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        total_steps: int,
+        average: Callable[[list[torch.nn.Parameter]], None] | None = None,
+    ) -> None:
         self.objective, self.total_steps, self.step = objective, total_steps, 0
+        self._average = average
         config = objective.config
+        self._parameters = dict(objective.accelerator.named_parameters())
         self.optimizer = torch.optim.AdamW(
-            objective.accelerator.parameters(), lr=config.learning_rate, betas=(0.9, 0.95),
+            self._parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
         )  # fmt: skip
 
-    def train_on(self, batch: Sequences) -> tuple[float | Tensor, list[Tensor]]:
-        """One optimiser step."""
+    def train_on(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """One optimiser step; the loss before it, and the agreement by pass."""
         config = self.objective.config
         factor = learning_rate_factor(self.step, self.total_steps, config.warmup_steps)
         for group in self.optimizer.param_groups:
@@ -214,55 +267,104 @@ class Trainer:
         loss, agreements = self.objective(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.objective.accelerator.parameters(), 1.0)
+        if self._average is not None:
+            self._average(list(self._parameters.values()))
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
         return loss.detach(), agreements
 
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, but for the data: parameters and the optimiser's moments."""
+        result = {f"accelerator.{k}": v for k, v in self.objective.accelerator.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key != "step":
+                    result[f"{key}.{name}"] = value
+        return result
 
-@torch.no_grad()
-def fit_exit(objective: Objective, data: Iterator[Sequences], num_batches: int, ridge: float = 1e-5) -> None:
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        """Continue after ``step`` steps from what :meth:`state` gave."""
+        self.objective.accelerator.load_state_dict(
+            {k.removeprefix("accelerator."): v for k, v in state.items() if k.startswith("accelerator.")}
+        )
+        self.step = step
+        for name, parameter in self._parameters.items():
+            if f"exp_avg.{name}" in state:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    **{key: state[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
+                }
+
+
+class ExitFit:
     """Closed-form exit map: ridge regression from the stream's state and condition to the final state.
 
     With zero adapters the stream's state is that of the plain layers; the regression already drafts,
     and training starts from there.
+
+    Attributes:
+        gram: float64 ``[W, W]``, cross: float64 ``[W, D]``: what the batches have added up to.
     """
-    accelerator, decoder = objective.accelerator, objective.decoder
-    width = accelerator.exit.shape[1]
-    gram = torch.zeros(width, width, device=decoder.device, dtype=torch.float64)
-    cross = torch.zeros(width, accelerator.exit.shape[0], device=decoder.device, dtype=torch.float64)
-    for _ in range(num_batches):
-        batch = next(data)
-        tokens = batch.tokens.long().to(decoder.device)
-        teacher = run_teacher(decoder, tokens, accelerator.config.depth)
+
+    def __init__(self, accelerator: Accelerator, decoder: Decoder) -> None:
+        self._accelerator, self._decoder = accelerator, decoder
+        hidden, width = accelerator.exit.shape
+        self.gram = torch.zeros(width, width, device=decoder.device, dtype=torch.float64)
+        self.cross = torch.zeros(width, hidden, device=decoder.device, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Count one batch."""
+        accelerator, decoder = self._accelerator, self._decoder
+        tokens = batch.sequences.tokens.long().to(decoder.device)
+        counted = _counted(batch.sequences, decoder.device)
+        teacher = run_teacher(decoder, tokens, accelerator.config.depth, batch.finals)
         condition = shift_right(teacher.final) if accelerator.config.conditioned else None
         state = travel(accelerator, decoder, teacher, condition)
         if condition is not None:
             state = torch.cat((state, condition), dim=-1)
-        x = state[_counted(batch, decoder.device)].double()
-        gram += x.T @ x
-        cross += x.T @ teacher.final[_counted(batch, decoder.device)].double()
-    scale = gram.diagonal().mean()
-    solved = torch.linalg.solve(
-        gram + ridge * scale * torch.eye(width, device=gram.device, dtype=gram.dtype), cross
-    )
-    accelerator.exit.copy_(solved.T.float())
+        x = state[counted].double()
+        self.gram += x.T @ x
+        self.cross += x.T @ teacher.final[counted].double()
+
+    @torch.no_grad()
+    def solve(self, ridge: float = 1e-5) -> None:
+        """Put the solution into the accelerator."""
+        damping = ridge * self.gram.diagonal().mean() * torch.eye(len(self.gram)).to(self.gram)
+        self._accelerator.exit.copy_(torch.linalg.solve(self.gram + damping, self.cross).T.float())
 
 
-@torch.no_grad()
-def evaluate(objective: Objective, data: Sequences, num_passes: int = 6) -> list[float]:
-    """Greedy agreement with the model at each draft position, over all of ``data``."""
-    totals, count = [0.0] * num_passes, 0
-    for begin in range(0, len(data.lengths), 32):
-        part = data.select(torch.arange(begin, min(begin + 32, len(data.lengths))))
-        new = part.num_new_tokens
-        if not new:
-            continue
-        width = _padded(int(part.lengths.max()))
-        _, agreements = objective(
-            Sequences(part.tokens[:, :width], part.prompt_lengths, part.lengths), num_passes
-        )
-        for ahead in range(num_passes):
-            totals[ahead] += float(agreements[min(ahead, len(agreements) - 1)]) * new
-        count += new
-    return [total / max(count, 1) for total in totals]
+class Evaluation:
+    """Greedy agreement with the model at each draft position, over the batches counted so far.
+
+    Attributes:
+        totals: float64 ``[num_passes + 1]``: agreeing tokens by draft position, then the tokens seen.
+    """
+
+    def __init__(self, objective: Objective, num_passes: int = 6) -> None:
+        self._objective, self._num_passes = objective, num_passes
+        self.totals = torch.zeros(num_passes + 1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Count one batch."""
+        new = batch.sequences.num_new_tokens
+        if new:
+            _, agreements = self._objective(batch, self._num_passes)
+            # a stream without condition drafts alike at every position, and is run once
+            agreements += agreements[-1:] * (self._num_passes - len(agreements))
+            self.totals += new * torch.tensor([*map(float, agreements), 1.0], dtype=torch.float64)
+
+    @property
+    def agreements(self) -> list[float]:
+        """Share of held-out positions whose draft is the model's choice, by draft position."""
+        return [round(float(total / self.totals[-1].clamp(min=1)), 4) for total in self.totals[:-1]]
+
+
+def evaluate(objective: Objective, batches: Iterable[Batch], num_passes: int = 6) -> list[float]:
+    """Greedy agreement with the model at each draft position, over all batches."""
+    evaluation = Evaluation(objective, num_passes)
+    for batch in batches:
+        evaluation.add(batch)
+    return evaluation.agreements
