@@ -11,7 +11,7 @@ from app import methods, telemetry
 from app.engine_host import EngineHost
 from app.lane_view import lane_card
 from app.preferences import PreferenceFile
-from app.race import AS_LOADED, LaneChoice, RaceSettings, RaceUpdate, lane_name, stream_race
+from app.race import AS_LOADED, LaneChoice, RaceSettings, RaceUpdate, lane_names, stream_race
 from app.spare_sessions import memory_sentence
 from engine.errors import SlipstreamError
 from engine.requests import SamplingParams
@@ -51,7 +51,7 @@ class ComparePage:
                                 container=False, elem_id=f"method-{place}", min_width=120,
                             )  # fmt: skip
                             weights = gr.Dropdown(
-                                [("Weights as loaded", AS_LOADED), *((name, name) for name in _FORMATS)],
+                                [("As loaded", AS_LOADED), *((name, name) for name in _FORMATS)],
                                 value=AS_LOADED, label="Weights", show_label=False, container=False,
                                 visible=private, elem_id=f"weights-{place}", min_width=120,
                             )  # fmt: skip
@@ -83,7 +83,6 @@ class ComparePage:
         for component in self._choices:
             component.input(self._on_choice, self._choices, [self._notice, *self._cards], **DIRECT)
         # The methods are known when the model is there, and may be others after another one is loaded.
-        self._shown: tuple[str, ...] | None = None
         timer = gr.Timer(_TICK_SECONDS)
         seen = gr.State(None)
         timer.tick(
@@ -98,11 +97,11 @@ class ComparePage:
             yield gr.skip(), telemetry.notice(str(error), "error"), gr.skip(), gr.skip(), gr.skip()
             return
         busy = gr.Textbox(submit_btn=False, stop_btn="Stop")
-        yield busy, "", *_cards(lanes, ()), _verdict("")
+        yield busy, "", *self._lane_cards(lanes, ()), _verdict("")
         runs: tuple[Any, ...] = ()
         for update in stream_race(self._host, settings, request.session_hash or ""):
             runs = update.runs or runs
-            yield gr.skip(), _notice(update), *_cards(lanes, runs), _verdict(update.verdict)
+            yield gr.skip(), _notice(update), *self._lane_cards(lanes, runs), _verdict(update.verdict)
         yield gr.Textbox(submit_btn="Compare", stop_btn=False), *[gr.skip()] * 4
 
     def _settings(
@@ -129,7 +128,15 @@ class ComparePage:
             and name != session.info.weight_format
             and self._host.spares.get(name) is None
         ]
-        return telemetry.notice(" ".join(sentences)), *_cards(lanes, ())
+        return telemetry.notice(" ".join(sentences)), *self._lane_cards(lanes, ())
+
+    def _lane_cards(self, lanes: tuple[LaneChoice, LaneChoice], runs: Sequence[Any]) -> list[str]:
+        session = self._host.loaded
+        names = lane_names(lanes, *([] if session is None else [session.info.weight_format]))
+        return [
+            lane_card(name, runs[place] if runs else None, methods.is_accelerated(lanes[place].method))
+            for place, name in enumerate(names)
+        ]
 
     def _on_tick(self, seen: Any, first: str, second: str) -> tuple[Any, ...]:
         """Offer the loaded model's methods, once for each model."""
@@ -139,20 +146,13 @@ class ComparePage:
             return tuple([gr.skip()] * 5)
         options = methods.choices(session.methods())
         picked = [methods.pick(session.methods(), value) for value in (first, second)]
-        cards = [lane_card(methods.label(name), None, methods.is_accelerated(name)) for name in picked]
+        cards = self._lane_cards((LaneChoice(picked[0]), LaneChoice(picked[1])), ())
         return now, *(gr.Dropdown(choices=options, value=name) for name in picked), *cards
 
 
 def _lanes(values: Sequence[Any]) -> tuple[LaneChoice, LaneChoice]:
     first, first_weights, second, second_weights = values
     return LaneChoice(first, first_weights or AS_LOADED), LaneChoice(second, second_weights or AS_LOADED)
-
-
-def _cards(lanes: tuple[LaneChoice, LaneChoice], runs: Sequence[Any]) -> list[str]:
-    return [
-        lane_card(lane_name(lane, lanes), runs[place] if runs else None, methods.is_accelerated(lane.method))
-        for place, lane in enumerate(lanes)
-    ]
 
 
 def _notice(update: RaceUpdate) -> str:

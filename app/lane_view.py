@@ -39,7 +39,7 @@ def lane_card(name: str, run: Any | None, accelerated: bool) -> str:
         f'<section class="{kind}" aria-label="{escape(name)}">'
         f"<header><h3>{escape(name)}</h3><small>{_stage(run)}</small></header>"
         f'<div class="figures">{figures}</div>'
-        f'<div class="lane-text">{_text(run.pieces if run is not None else ())}</div></section>'
+        f'<div class="lane-text" tabindex="0"><div>{_text(run.pieces if run is not None else ())}</div></div></section>'
     )
 
 
@@ -67,6 +67,9 @@ def _text(pieces: Sequence[Piece]) -> str:
 
 
 def _span(text: str, drafted: bool) -> str:
-    if not text:
-        return ""
-    return f'<span class="drafted">{escape(text)}</span>' if drafted else escape(text)
+    """The mark begins and ends at a word: a space has no underline."""
+    words = text.strip()
+    if not drafted or not words:
+        return escape(text)
+    before, after = text.split(words, 1) if text != words else ("", "")
+    return f'{before}<span class="drafted">{escape(words)}</span>{after}'

@@ -91,9 +91,10 @@ def _race(host: EngineHost, answering: Answering, settings: RaceSettings) -> Ite
     if answering.stopped:
         return
     accelerated = [methods.is_accelerated(choice.method) for choice in settings.lanes]
+    names = lane_names(settings.lanes, loaded.info.weight_format)
     lanes = [
-        session_lane(lane_name(choice, settings.lanes), session, _request(session, choice, settings))
-        for choice, session in zip(settings.lanes, sessions, strict=True)
+        session_lane(name, session, _request(session, choice, settings))
+        for name, choice, session in zip(names, settings.lanes, sessions, strict=True)
     ]
     # Threads of one model's team find each other awake; those of two would disturb each other.
     race = Race(lanes, 0.0 if sessions[0] is sessions[1] else SETTLE_SECONDS)
@@ -106,13 +107,19 @@ def _race(host: EngineHost, answering: Answering, settings: RaceSettings) -> Ite
     yield RaceUpdate(race.runs, verdict=verdict(race.runs, accelerated, state, gap))
 
 
-def lane_name(choice: LaneChoice, lanes: Sequence[LaneChoice]) -> str:
-    """A lane's name: what it differs in from the other."""
-    name = methods.label(choice.method)
-    if len({lane.weight_format for lane in lanes}) == 1:
-        return name
-    weights = choice.weight_format or "weights as loaded"
-    return f"{name}, {weights}"
+def lane_names(lanes: Sequence[LaneChoice], loaded: str = "as loaded") -> list[str]:
+    """Names that say what the lanes differ in.
+
+    Args:
+        loaded: the weight format of the loaded model.
+    """
+    names = [methods.label(lane.method) for lane in lanes]
+    formats = [lane.weight_format or loaded for lane in lanes]
+    if len(set(formats)) > 1:
+        names = [f"{name}, {weights}" for name, weights in zip(names, formats, strict=True)]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({place})" for place, name in enumerate(names, 1)]
+    return names
 
 
 def _other_format(session: Any, choice: LaneChoice) -> str | None:

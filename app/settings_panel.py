@@ -123,6 +123,15 @@ def build_settings(preferences: PreferenceFile) -> SettingsPanel:
             preferences.save(**{name: value})
 
         component.change(save, component, None, **_DIRECT)
+    blocks = gr.context.Context.root_block
+    assert blocks is not None
+    # A page that is opened later shows what was saved since the start.
+    blocks.load(
+        lambda: [getattr(preferences.value, name) for name in (*names, "tint_drafted")],
+        None,
+        [*answer, tint],
+        **_DIRECT,
+    )
     reset.click(
         lambda: [getattr(defaults, name) for name in names], None, list(answer), **_DIRECT
     )  # fmt: skip
@@ -133,11 +142,13 @@ def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> Any:
     """The part that loads another model; returns its button, which the page listens to as well."""
     from engine import hub
 
-    names = list(dict.fromkeys([hub.DEFAULT_MODEL, *(model.name for model in hub.list_ready_models())]))
-    if host.choice.source not in names:
-        names.insert(0, host.choice.source)
+    sources = {hub.DEFAULT_MODEL: hub.DEFAULT_MODEL}
+    for ready in hub.list_ready_models():
+        sources[ready.name] = str(ready.path) if ready.source == "file" else ready.name
+    if host.choice.source not in sources.values():
+        sources = {host.choice.source: host.choice.source, **sources}
     model = gr.Dropdown(
-        names, value=host.choice.source, label="Model", allow_custom_value=True, elem_id="model",
+        list(sources.items()), value=host.choice.source, label="Model", allow_custom_value=True, elem_id="model",
         info="One that is here, a hub repository (owner/name), a folder, or a .gguf file",
     )  # fmt: skip
     weight_format = gr.Dropdown(FORMATS, value=host.choice.weight_format, label="Weights")

@@ -97,7 +97,7 @@ def _speedup(metrics: Any | None, speculation: Any | None) -> Cell:
         hint = f"Against plain decoding, measured on this machine at {plain:.1f} tokens/s"
         value = f"{now / plain:.2f}×" if now else EMPTY
     if speculation is not None and speculation.is_off:
-        return Cell("plain for now", value, escape(speculation.reason or hint), 5)
+        return Cell("speedup", "off", escape(speculation.reason or hint), 5)
     return Cell("speedup", value, hint, 5, True)
 
 
