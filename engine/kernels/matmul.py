@@ -25,9 +25,6 @@ ROW_MAJOR_BLOCK = 32
 _GROUP = tiles.GROUP
 _BF16 = np.uint16(0)
 
-_int4_64 = (tiles.int4_64_1, tiles.int4_64_2, tiles.int4_64_3, tiles.int4_64_4)
-_t1, _t2, _t3, _t4 = _int4_64
-_h1, _h2 = tiles.int4_32_1, tiles.int4_32_2
 _d1, _d2, _d3, _d4, _single = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4, tiles.dot_single
 
 
@@ -93,63 +90,45 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
                 put_f32(at, get_f32(at) + get_f32(bias + 4 * (output + j)))
 
 
-@njit(nogil=True, error_model="numpy")
-def _int4_64_block(
-    linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
-) -> None:
-    n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
-    groups = k // _GROUP
-    first, last = part * groups // parts, (part + 1) * groups // parts
-    if n - output < 64:
-        _int4_tail(linear, output, first, last, x, sums, out, out_step, rows)
-    else:
-        codes = get_i64(linear) + output * k // 2 + first * (_GROUP * 32)
-        pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
-        count = last - first
-        row = 0
-        while row < rows:
-            a = x + 4 * (row * k + first * _GROUP)
-            s = sums + 4 * (row * groups + first)
-            o = out + 4 * row * out_step
-            left = rows - row
-            if left >= 4:
-                _t4(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
-            elif left == 3:
-                _t3(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
-            elif left == 2:
-                _t2(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
-            else:
-                _t1(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
-            row += 4
-    if part == 0:
-        _add_bias(linear, output, min(64, n - output), out, out_step, rows)
+def _int4_block(width: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) -> Any:
+    """The function for one block of ``width`` outputs, made of the tiles of one to four rows."""
+
+    @njit(nogil=True, error_model="numpy")
+    def block(
+        linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
+    ) -> None:
+        n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
+        groups, parts = k // _GROUP, get_i64(linear + 8 * PARTS)
+        first, last = part * groups // parts, (part + 1) * groups // parts
+        if n - output < width:
+            _int4_tail(linear, output, first, last, x, sums, out, out_step, rows)
+        else:
+            codes = get_i64(linear) + output * k // 2 + first * (_GROUP * width // 2)
+            pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
+            count = last - first
+            row = 0
+            while row < rows:
+                a = x + 4 * (row * k + first * _GROUP)
+                s = sums + 4 * (row * groups + first)
+                o = out + 4 * row * out_step
+                left = rows - row
+                if left >= 4:
+                    tile_4(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                elif left == 3:
+                    tile_3(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                elif left == 2:
+                    tile_2(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                else:
+                    tile_1(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                row += 4
+        if part == 0:
+            _add_bias(linear, output, min(width, n - output), out, out_step, rows)
+
+    return block
 
 
-@njit(nogil=True, error_model="numpy")
-def _int4_32_block(
-    linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
-) -> None:
-    n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
-    groups = k // _GROUP
-    first, last = part * groups // parts, (part + 1) * groups // parts
-    if n - output < 32:
-        _int4_tail(linear, output, first, last, x, sums, out, out_step, rows)
-    else:
-        codes = get_i64(linear) + output * k // 2 + first * (_GROUP * 16)
-        pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
-        count = last - first
-        row = 0
-        while row < rows:
-            a = x + 4 * (row * k + first * _GROUP)
-            s = sums + 4 * (row * groups + first)
-            o = out + 4 * row * out_step
-            if rows - row >= 2:
-                _h2(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
-            else:
-                _h1(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
-            row += 2
-    if part == 0:
-        _add_bias(linear, output, min(32, n - output), out, out_step, rows)
+_int4_64_block = _int4_block(64, tiles.int4_64_1, tiles.int4_64_2, tiles.int4_64_3, tiles.int4_64_4)
+_int4_32_block = _int4_block(32, tiles.int4_32_1, tiles.int4_32_2, tiles.int4_32_3, tiles.int4_32_4)
 
 
 @njit(nogil=True, error_model="numpy")

@@ -7,7 +7,7 @@ verification continues from, so nothing of it is computed twice. The accelerated
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from engine.models.attention import attend
 from engine.models.decoder import Decoder, rms_norm, write_cache
 from engine.models.kv_cache import KVCache
 from engine.models.rope import rotate
-from engine.models.stepper import Stepper
+from engine.models.stepper import Stepper, TorchStepper
 from engine.quantization.base import GroupQuantized, Linear
 from engine.quantization.dense import DenseLinear
 from engine.quantization.int4 import Int4Format, Int4Linear
@@ -134,10 +134,9 @@ def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
 
 def make_drafter(stepper: Stepper, accelerator: Accelerator) -> Drafter:
     """The drafter for this stepper; its slow rows have the stepper's own bits."""
-    if stepper.name == "fused":
-        from engine.kernels.drafter import FusedDrafter
-        from engine.kernels.stepper import FusedStepper
+    if isinstance(stepper, TorchStepper):
+        return TorchDrafter(stepper, accelerator)
+    from engine.kernels.drafter import FusedDrafter  # loads the compiler
+    from engine.kernels.stepper import FusedStepper
 
-        assert isinstance(stepper, FusedStepper)
-        return FusedDrafter(stepper, accelerator)
-    return TorchDrafter(stepper, accelerator)
+    return FusedDrafter(cast(FusedStepper, stepper), accelerator)
