@@ -388,3 +388,17 @@ def test_what_a_draft_costs(model: Path) -> None:
     assert 0 < small["draft_bytes_share"] < large["draft_bytes_share"] < 1
     assert predicted_speedup([0.5, 0.5, 0.5], 0.0) == {"draft_length": 3.0, "speedup": 1.875}
     assert predicted_speedup([0.1, 0.1], 0.5) == {"draft_length": 0.0, "speedup": 1.0}
+
+
+def test_the_results_page_agrees_with_the_raw_figures() -> None:
+    results = ROOT / "assets" / "results"
+    log = json.loads((results / "accelerator-training-h100.json").read_text())
+    raw = {row["name"]: row for row in log}
+    table = (results / "README.md").read_text().split("<!-- gpu table -->")[1].split("<!-- end")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()[2:]]
+    assert {line[0].strip("`") for line in lines} == set(raw)
+    for name, _, seen, ridge, first, third in lines:
+        row = raw[name.strip("`")]
+        assert seen == f"{row['tokens_seen'] / 1e6:.1f}"
+        shares = (row["ridge_only"][0], row["mt_bench"][0], row["mt_bench"][2])
+        assert (ridge, first, third) == tuple(f"{share:.1%}".replace("%", " %") for share in shares), name
