@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -288,6 +289,44 @@ def test_a_worse_accelerator_is_set_aside(
     assert aside == path.parent / "set-aside" / path.name
     assert "agrees more often" in read_card(aside)["measured"]["note"]
     assert find_adapter(decoder) == path and load_accelerator(path, decoder).config == good.accelerator
+    seen: list[str] = []
+    assert tune(bad, tmp_path / "work", lambda p: seen.append(p.stage)) == aside and "train" not in seen
+    assert not list((tmp_path / "work").glob("run-*/*.safetensors"))
+
+
+def test_two_processes_train_together(model: Path, prompts: Path, tmp_path: Path) -> None:
+    """As `accelerate launch` starts them: each takes half of the batches, and gradients are averaged."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    out = tmp_path / "adapter.safetensors"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.tuning_worker",
+        str(model),
+        str(prompts),
+        str(tmp_path / "work"),
+        str(out),
+    ]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "train 30" in outputs[0] and "train" not in outputs[1]
+    card = read_card(out)
+    assert card["measured"]["greedy_agreement_by_draft_position"]["held_out"][0] > 0.3
+    assert load_accelerator(out, load_decoder(model, "fp32")).config.rank == 8
 
 
 def test_broken_lines_are_named(model: Path, tmp_path: Path) -> None:

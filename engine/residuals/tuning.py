@@ -104,17 +104,16 @@ def _tune(request: TuneRequest, work_dir: Path, runner: Runner) -> Path:
     prepared = prepare(request, work_dir, runner)
     run = Run(prepared, request, work_dir, runner)
     path = request.out or tuned_dir() / f"{run.file_stem}.safetensors"
-    try:
-        if read_card(path)["training"].get("run") == run.name and path.is_file():
-            return path
-    except AdapterError:
-        pass
+    aside = path.parent / "set-aside" / path.name
+    for finished in (path, aside):
+        if _is_of(finished, run.name):
+            return finished
     started = time.monotonic()
     run.initialise()
     run.train()
     measured = run.measure("measured")
     if request.out is None and (better := run.better_in_use(measured)) is not None:
-        path = path.parent / "set-aside" / path.name
+        path = aside
         measured["note"] = f"Set aside: {better} agrees more often on the same text."
     if runner.workers.is_first:
         meter = runner.meter(WRITE, 0, 1)
@@ -130,9 +129,17 @@ def _tune(request: TuneRequest, work_dir: Path, runner: Runner) -> Path:
             ) from error
         prepared.corpus.close()
         prepared.store.remove("states-*")  # the large part; the text may serve again
+        run.store.remove("*")
         meter.report(1, str(path))
     runner.workers.wait()
     return path
+
+
+def _is_of(path: Path, run_name: str) -> bool:
+    try:
+        return path.is_file() and read_card(path)["training"].get("run") == run_name
+    except AdapterError:
+        return False
 
 
 def check(request: TuneRequest) -> None:

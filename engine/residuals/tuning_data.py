@@ -19,7 +19,7 @@ from engine.models.decoder import Decoder
 from engine.requests import Message
 from engine.residuals.adapter_file import fingerprint
 from engine.residuals.corpus import Sequences, generate_continuations
-from engine.residuals.stages import CACHE, GENERATE, Runner
+from engine.residuals.stages import CACHE, GENERATE, Meter, Runner
 from engine.residuals.training import run_teacher
 from engine.residuals.tuning_store import (
     Corpus,
@@ -127,17 +127,17 @@ class DataStages:
     def generate(self) -> tuple[list[Sequences], Sequences]:
         """The training shards and the held-out text, written as far as they are not there."""
         workers, config = self._runner.workers, self._config
-        shards = list[Sequences]()
-        meter = self._runner.meter(GENERATE, 0, config.num_tokens)
+        shards, meter = list[Sequences](), None
         while (done := sum(shard.num_new_tokens for shard in shards)) < config.num_tokens:
             mine = len(shards) + workers.rank
             if load_sequences(self._store, text_name(mine)) is None:
-                meter = self._runner.meter(GENERATE, done, config.num_tokens) if not shards else meter
-                self._write(text_name(mine), *self._shard(mine), seed=config.seed * 1_000_003 + mine)
+                meter = meter or self._runner.meter(GENERATE, done, config.num_tokens)
+                self._write(text_name(mine), *self._shard(mine), config.seed * 1_000_003 + mine, meter, done)
             self._check()
             for index in range(len(shards), len(shards) + workers.count):
                 shards.append(self._read(text_name(index)))
-            meter.report(sum(shard.num_new_tokens for shard in shards))
+            if meter is not None:
+                meter.report(sum(shard.num_new_tokens for shard in shards))
         return shards, self._held_out()
 
     def _held_out(self) -> Sequences:
@@ -145,7 +145,7 @@ class DataStages:
         for begin in range(0, len(prompts), self._rows):
             name, chosen = f"{HELD_OUT}-{begin:05d}", prompts[begin : begin + self._rows]
             if self._runner.workers.is_first and load_sequences(self._store, name) is None:
-                self._write(name, chosen, [0.0] * len(chosen), seed=0)
+                self._write(name, chosen, [0.0] * len(chosen), seed=0)  # greedy: nothing is drawn
             self._check()
             parts.append(self._read(name))
         return Sequences.join(parts)
@@ -187,13 +187,20 @@ class DataStages:
             heat.append(0.0 if round_ < 2 and place % 2 == round_ else self._config.temperature)
         return rows, heat
 
-    def _write(self, name: str, prompts: list[list[int]], temperatures: list[float], seed: int) -> None:
+    def _write(
+        self, name: str, prompts: list[list[int]], temperatures: list[float], seed: int,
+        meter: Meter | None = None, done: int = 0,
+    ) -> None:  # fmt: skip
+        def on_step(step: int) -> bool:
+            if meter is not None:  # a guess until the lengths are known: half of the answers have ended
+                meter.report(done + step * len(prompts) // 2)
+            return self._runner.stopped()
+
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             text = generate_continuations(
-                self._decoder, prompts, temperatures, self._max_new, self._eos_ids,
-                lambda step: self._runner.stopped(),
-            )  # fmt: skip
+                self._decoder, prompts, temperatures, self._max_new, self._eos_ids, on_step
+            )
         if not self._runner.stopped():  # what was stopped in the middle is not whole
             save_sequences(self._store, name, text)
 
