@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 380, "height": 780}
 
 
 @contextmanager
-def app_process(home: Path, *arguments: str) -> Iterator[str]:
-    """Run the app with ``home`` for settings and chats; yields its address. Models and compiled kernels
-    of this machine are shared, so that neither is fetched or built again.
+def app_process(home: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Run the app as a user does, with ``home`` for settings and chats; yields its address. Models and
+    compiled kernels of this machine are shared, so that neither is fetched or built again.
 
     Args:
-        arguments: options of ``app.main``, such as ``--model`` and ``--format``.
+        arguments: options of ``python launch.py run``, such as ``--model`` and ``--format``.
+        environment: more environment variables. With GRADIO_SERVER_PORT among them (a Space has it), no
+            port is named on the command line.
     """
     from engine import paths
 
@@ -42,14 +44,17 @@ def app_process(home: Path, *arguments: str) -> Iterator[str]:
         real.mkdir(parents=True, exist_ok=True)
         if not (cache / folder).exists():
             (cache / folder).symlink_to(real, target_is_directory=True)
-    port = free_port()
+    variables = {**os.environ, **(environment or {}), "SLIPSTREAM_HOME": str(home)}
+    command = [sys.executable, str(ROOT / "launch.py")]
+    if "GRADIO_SERVER_PORT" in variables:
+        port = int(variables["GRADIO_SERVER_PORT"])
+    else:
+        port = free_port()
+        command += ["run", "--port", str(port), "--no-browser"]
     url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-c", "import sys; from app.main import main; sys.exit(main(sys.argv[1:]))"]
-    environment = {**os.environ, "SLIPSTREAM_HOME": str(home)}
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--no-browser", *arguments], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [*command, *arguments], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         _wait_for(url, process)
         yield url
@@ -79,7 +84,9 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def open_page(browser: Any, url: str, viewport: dict[str, int] = DESKTOP, dark: bool = False) -> Iterator[Any]:
+def open_page(
+    browser: Any, url: str, viewport: dict[str, int] = DESKTOP, dark: bool = False
+) -> Iterator[Any]:
     """A page of a fresh visitor, with the app in it.
 
     Attributes:

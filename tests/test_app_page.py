@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from app.chats import StoredMessage
 from app.page import VisitorStores
 from app.preferences import PreferenceFile
 from app.server import LocalOnly, allowed, build_app
-from app.settings_panel import read_settings
+from app.settings_panel import build_model_choice, read_settings
 from app.startup import HEALTH
 from engine.errors import InvalidRequestError
 from engine.metrics import GenerationMetrics
@@ -172,6 +173,24 @@ def test_settings_are_checked_on_the_server_too():
         values[place] = value
         with pytest.raises(InvalidRequestError):
             read_settings(*values)
+
+
+def test_a_file_in_the_models_folder_can_be_chosen(slipstream_home: Path):
+    """The choice is what ``hub.resolve`` understands, not the name that is shown."""
+    import gradio as gr
+
+    from engine import hub, paths
+
+    paths.models_dir().mkdir(parents=True)
+    file = paths.models_dir() / "my-model.gguf"
+    file.write_bytes(b"GGUF")
+    host = ready_host(FakeSession())
+    with gr.Blocks() as blocks:
+        build_model_choice(host, PreferenceFile(None))
+    (dropdown,) = [b for b in blocks.blocks.values() if getattr(b, "elem_id", "") == "model"]
+    choices = dict(dropdown.choices)  # type: ignore[attr-defined]
+    assert hub.resolve(choices["my-model"]).path == file
+    assert choices[hub.DEFAULT_MODEL] == hub.DEFAULT_MODEL and choices["fake"] == "fake"
 
 
 # The server
