@@ -1,0 +1,106 @@
+"""The key/value cache: growth keeps what is there, and a smaller length rolls back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.errors import OutOfMemoryError
+from engine.models.config import ModelConfig, RopeConfig
+from engine.models.decoder import write_cache
+from engine.models.kv_cache import KVCache
+
+CONFIG = ModelConfig(
+    model_type="llama", hidden_size=64, intermediate_size=128, num_layers=3, num_heads=4, num_kv_heads=2,
+    head_dim=16, vocab_size=288, context_length=500, norm_eps=1e-5, rope=RopeConfig(), tie_embeddings=True,
+)  # fmt: skip
+
+
+def fill(cache: KVCache, start: int, count: int, seed: int = 0) -> None:
+    """Random keys and values of every layer at positions ``start ..``."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = cache.keys[0].shape[0]
+    positions = torch.arange(start, start + count).expand(batch, count)
+    for layer in range(CONFIG.num_layers):
+        k, v = torch.randn(2, batch, count, 2, 16, generator=generator)
+        write_cache(cache, layer, positions, k, v)
+
+
+def test_growth_keeps_the_content_and_clears_the_rest() -> None:
+    cache = KVCache(CONFIG, 64, batch=2)
+    fill(cache, 0, 64)
+    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
+    cache.length = 64
+    cache.ensure(65)
+    assert cache.capacity == 128 and cache.length == 64 and cache.generation == 2
+    for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
+        assert torch.equal(new[:, :, :64], old) and not new[:, :, 64:].any()
+    cache.ensure(128)
+    assert cache.generation == 2  # there was room
+
+
+@pytest.mark.parametrize(
+    ("asked", "capacity"), [(1, 64), (64, 64), (65, 128), (0, 64), (10_000, 512), (499, 512)]
+)
+def test_capacity_is_whole_blocks_within_the_context(asked: int, capacity: int) -> None:
+    cache = KVCache(CONFIG, asked)
+    assert cache.capacity == capacity and cache.generation == 1
+    assert all(tensor.shape == (1, 2, capacity, 16) for tensor in (*cache.keys, *cache.values))
+
+
+def test_capacity_doubles_up_to_the_context() -> None:
+    """A chat of many steps must not copy its cache at every step."""
+    cache = KVCache(CONFIG, 64)
+    capacities = []
+    for length in range(1, 501):
+        cache.ensure(length)
+        capacities.append(cache.capacity)
+    assert sorted(set(capacities)) == [64, 128, 256, 512] and cache.generation == 4
+
+
+def test_bytes_are_accounted() -> None:
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        cache = KVCache(CONFIG, 128, dtype=dtype)
+        assert cache.nbytes == 2 * 3 * 2 * 128 * 16 * size
+        cache.ensure(129)
+        assert cache.nbytes == 2 * 3 * 2 * 256 * 16 * size
+
+
+def test_rollback_moves_nothing_and_later_writes_replace() -> None:
+    rolled, straight = KVCache(CONFIG, 64), KVCache(CONFIG, 64)
+    fill(rolled, 0, 20)
+    pointers = [tensor.data_ptr() for tensor in (*rolled.keys, *rolled.values)]
+    fill(rolled, 20, 9, seed=1)  # drafts
+    rolled.length = 20
+    fill(rolled, 20, 12, seed=2)
+    rolled.length = 32
+    fill(straight, 0, 20)
+    fill(straight, 20, 12, seed=2)
+    assert pointers == [tensor.data_ptr() for tensor in (*rolled.keys, *rolled.values)]
+    for one, other in zip((*rolled.keys, *rolled.values), (*straight.keys, *straight.values), strict=True):
+        assert torch.equal(one[:, :, :32], other[:, :, :32])
+
+
+def test_growth_after_a_rollback_keeps_the_rolled_back_part() -> None:
+    cache = KVCache(CONFIG, 64)
+    fill(cache, 0, 64)
+    kept = cache.keys[2][:, :, :30].clone()
+    cache.length = 30
+    cache.ensure(200)
+    assert cache.length == 30 and torch.equal(cache.keys[2][:, :, :30], kept)
+
+
+def test_no_memory_is_a_sentence_and_leaves_the_cache_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(CONFIG, 64)
+    fill(cache, 0, 64)
+    before = cache.keys[0].clone()
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    with pytest.raises(OutOfMemoryError) as caught:
+        cache.ensure(300)
+    message = str(caught.value)
+    assert "320 tokens" in message and message.endswith(".") and "\n" not in message
+    assert cache.capacity == 64 and cache.generation == 1 and torch.equal(cache.keys[0], before)
