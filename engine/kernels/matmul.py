@@ -90,8 +90,8 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
                 put_f32(at, get_f32(at) + get_f32(bias + 4 * (output + j)))
 
 
-def _int4_block(width: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) -> Any:
-    """The function for one block of ``width`` outputs, made of the tiles of one to four rows."""
+def _int4_block(width: int, most: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) -> Any:
+    """The function for one block of ``width`` outputs, made of tiles of one to ``most`` (2 or 4) rows."""
 
     @njit(nogil=True, error_model="numpy")
     def block(
@@ -106,13 +106,12 @@ def _int4_block(width: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) 
             codes = get_i64(linear) + output * k // 2 + first * (_GROUP * width // 2)
             pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
             count = last - first
-            row = 0
-            while row < rows:
+            for row in range(0, rows, most):
                 a = x + 4 * (row * k + first * _GROUP)
                 s = sums + 4 * (row * groups + first)
                 o = out + 4 * row * out_step
-                left = rows - row
-                if left >= 4:
+                left = min(most, rows - row)
+                if left == 4:
                     tile_4(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
                 elif left == 3:
                     tile_3(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
@@ -120,15 +119,14 @@ def _int4_block(width: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) 
                     tile_2(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
                 else:
                     tile_1(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
-                row += 4
         if part == 0:
             _add_bias(linear, output, min(width, n - output), out, out_step, rows)
 
     return block
 
 
-_int4_64_block = _int4_block(64, tiles.int4_64_1, tiles.int4_64_2, tiles.int4_64_3, tiles.int4_64_4)
-_int4_32_block = _int4_block(32, tiles.int4_32_1, tiles.int4_32_2, tiles.int4_32_3, tiles.int4_32_4)
+_int4_64_block = _int4_block(64, 4, tiles.int4_64_1, tiles.int4_64_2, tiles.int4_64_3, tiles.int4_64_4)
+_int4_32_block = _int4_block(32, 2, tiles.int4_32_1, tiles.int4_32_2, tiles.int4_32_2, tiles.int4_32_2)
 
 
 @njit(nogil=True, error_model="numpy")
