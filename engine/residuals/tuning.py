@@ -46,7 +46,7 @@ from engine.residuals.tuning_data import DataConfig, DataStages, data_name, enco
 from engine.residuals.tuning_store import Corpus, Store, TuningError, cut, in_groups
 from engine.residuals.workers import find_workers
 
-NUM_FIT_BATCHES = 16
+MIN_FIT_BATCHES, FIT_TOKENS = 16, 32768  # several times as many as the exit map has inputs
 EVALUATION_TOKENS = 2048  # per batch: whole rows of logits are held
 
 
@@ -276,7 +276,7 @@ class Run:
         def restore(state: dict[str, torch.Tensor], done: int) -> None:
             fit.gram, fit.cross = state["gram"].to(fit.gram), state["cross"].to(fit.cross)
 
-        total = min(NUM_FIT_BATCHES, max(4, self.request.steps))
+        total = max(MIN_FIT_BATCHES, FIT_TOKENS // self.config.tokens_per_batch)
         self.runner.run(
             INITIALISE, self.store, "exit", total, step, lambda: {"gram": fit.gram, "cross": fit.cross}, restore
         )  # fmt: skip
