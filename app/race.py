@@ -14,7 +14,7 @@ from app.engine_host import Answering, EngineHost
 from app.spare_sessions import memory_sentence
 from app.verdict import first_difference, verdict
 from engine.errors import InvalidRequestError, SlipstreamError
-from engine.race import SETTLE_SECONDS, LaneRun, Race, session_lane
+from engine.race import LaneRun, Race, session_lane
 from engine.requests import GenerationRequest, Message, SamplingParams
 
 _log = logging.getLogger(__name__)
@@ -96,15 +96,16 @@ def _race(host: EngineHost, answering: Answering, settings: RaceSettings) -> Ite
         session_lane(name, session, _request(session, choice, settings))
         for name, choice, session in zip(names, settings.lanes, sessions, strict=True)
     ]
-    # Threads of one model's team find each other awake; those of two would disturb each other.
-    race = Race(lanes, 0.0 if sessions[0] is sessions[1] else SETTLE_SECONDS)
+    race = Race(lanes)
     answering.attach(race)
     for runs in race.updates(UPDATE_SECONDS):
         yield RaceUpdate(runs)
     drafting = next((s for s, drafts in zip(sessions, accelerated, strict=True) if drafts), None)
     state = drafting.speculation() if drafting is not None else None
     gap = None if answering.stopped else _gap(race.runs, accelerated)
-    yield RaceUpdate(race.runs, verdict=verdict(race.runs, accelerated, state, gap))
+    yield RaceUpdate(
+        race.runs, verdict=verdict(race.runs, accelerated, state, gap, same_model=sessions[0] is sessions[1])
+    )
 
 
 def lane_names(lanes: Sequence[LaneChoice], loaded: str = "as loaded") -> list[str]:

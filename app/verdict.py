@@ -15,7 +15,11 @@ _EVEN = 0.02  # a difference below this share is noise of the machine
 
 
 def verdict(
-    runs: Sequence[LaneRun], accelerated: Sequence[bool], state: SpeculationState | None, gap: float | None
+    runs: Sequence[LaneRun],
+    accelerated: Sequence[bool],
+    state: SpeculationState | None,
+    gap: float | None,
+    same_model: bool = True,
 ) -> str:
     """One or two sentences on two lanes that are over.
 
@@ -23,12 +27,15 @@ def verdict(
         accelerated: whether each lane drafts.
         state: what the drafting lane's depth controller knows, to explain a loss.
         gap: the model's top-2 logit gap where the lanes part, if they do and it is known.
+        same_model: whether both lanes run the same weights, so that without drafts they do the same work.
     """
     broken = [f"{run.name} broke off: {run.error}" for run in runs if run.error]
     if broken:
         return " ".join(broken)
     stopped = any(run.finish_reason is FinishReason.CANCELLED for run in runs)
-    sentence = f"{_speed(runs, accelerated, state)}; {_agreement(runs, gap, stopped)}."
+    idle = same_model and any(map(_drafted_nothing, runs, accelerated)) and not all(accelerated)
+    speed = _idle(runs) if idle else _speed(runs, accelerated, state)
+    sentence = f"{speed}; {_agreement(runs, gap, stopped)}."
     return f"Stopped. So far: {sentence}" if stopped else sentence
 
 
@@ -44,6 +51,15 @@ def first_difference(runs: Sequence[LaneRun]) -> int | None:
     return None if stopped or len(one) == len(other) else min(len(one), len(other))
 
 
+def _drafted_nothing(run: LaneRun, accelerated: bool) -> bool:
+    return accelerated and run.metrics is not None and not run.metrics.speculation.num_draft_tokens
+
+
+def _idle(runs: Sequence[LaneRun]) -> str:
+    """Whatever the clocks say then is noise."""
+    return f"Acceleration is off for now, so both decoded plainly ({_figures(runs, 0, 1)})"
+
+
 def _speed(runs: Sequence[LaneRun], accelerated: Sequence[bool], state: SpeculationState | None) -> str:
     rates = [run.metrics.tokens_per_second if run.metrics else None for run in runs]
     if None in rates:
@@ -56,6 +72,7 @@ def _speed(runs: Sequence[LaneRun], accelerated: Sequence[bool], state: Speculat
     if ratio < 1 + _EVEN:
         return f"Both ran equally fast ({told})"
     if accelerated[slow] and not accelerated[quick]:
+        told = _figures(runs, slow, quick)
         return f"{runs[slow].name} was slower here ({told}), because {_why_slower(state)}"
     verb = "finished" if _same_length(runs) else "ran"
     how = f"{ratio:.1f} times {'sooner' if _same_length(runs) else 'as fast'}"
@@ -64,9 +81,9 @@ def _speed(runs: Sequence[LaneRun], accelerated: Sequence[bool], state: Speculat
     return f"{runs[quick].name} {verb} {how} ({told})"
 
 
-def _figures(runs: Sequence[LaneRun], quick: int, slow: int) -> str:
-    """Total decoding times, or rates where the answers differ in length."""
-    metrics = [runs[place].metrics for place in (quick, slow)]
+def _figures(runs: Sequence[LaneRun], subject: int, other: int) -> str:
+    """Total decoding times, or rates where the answers differ in length; the sentence's subject first."""
+    metrics = [runs[place].metrics for place in (subject, other)]
     if _same_length(runs):
         first, second = (f"{m.decode_seconds:.2f}" for m in metrics if m)
         return f"{first} s against {second} s of decoding"

@@ -8,7 +8,6 @@ falls on all of them alike. A lane's times are its own metrics, which count noth
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -20,10 +19,6 @@ from engine.requests import FinishReason, GenerationRequest, GenerationResult, P
 
 if TYPE_CHECKING:
     from engine.session import Session
-
-# Longer than a kernel thread stays awake: two models have a thread pool each, and the one's threads,
-# still looking for work, would slow the other's first layers.
-SETTLE_SECONDS = 0.0006
 
 
 class Running(Protocol):
@@ -131,16 +126,10 @@ class LaneRun:
 
 
 class Race:
-    """Runs lanes in turns. Iterate over :meth:`updates`; ``cancel`` may be called from any thread.
+    """Runs lanes in turns. Iterate over :meth:`updates`; ``cancel`` may be called from any thread."""
 
-    Args:
-        settle_seconds: rest between two turns, on nobody's clock (:data:`SETTLE_SECONDS` where lanes have
-            models of their own).
-    """
-
-    def __init__(self, lanes: Sequence[Lane], settle_seconds: float = 0.0) -> None:
+    def __init__(self, lanes: Sequence[Lane]) -> None:
         self.runs = tuple(LaneRun(lane) for lane in lanes)
-        self._settle_seconds = settle_seconds
         self._cancelled = False
 
     def updates(self, every: float) -> Iterator[tuple[LaneRun, ...]]:
@@ -181,8 +170,6 @@ class Race:
                 return
             if not run.over:
                 run.step()
-                if self._settle_seconds:
-                    time.sleep(self._settle_seconds)
 
     def _over(self) -> bool:
         return self._cancelled or all(run.over for run in self.runs)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import quantiles
+from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -189,12 +192,17 @@ class SlowBackend:
         return Step((1,), (Provenance.VERIFIED,))
 
 
-def timed_lane(clock: SimpleNamespace, step_seconds: float, tokens: int = 50) -> Lane:
+def timed_lane(clock: SimpleNamespace, step_seconds: float) -> Lane:
+    return lane_of(SlowBackend(clock, step_seconds), 50)
+
+
+def lane_of(backend: Any, tokens: int) -> Lane:
+    """A real generation on a made-up model."""
+
     def start() -> Generation:
         request = GenerationRequest(prompt_ids=(1, 2, 3), max_new_tokens=tokens)
         cache = SimpleNamespace(length=0, nbytes=0)
         sequence = TokenSequence([1, 2, 3], cache, Sampler(SamplingParams()), 3)
-        backend: Any = SlowBackend(clock, step_seconds)
         return Generation(backend, request, sequence, TextStream(lambda token: b"x"), frozenset())
 
     return Lane("lane", start)
@@ -220,6 +228,45 @@ def test_a_slowed_lane_does_not_slow_the_other(monkeypatch: pytest.MonkeyPatch, 
     assert beside == pytest.approx(alone, rel=0.05)
 
 
+class BusyBackend(SlowBackend):
+    """A model whose steps take so long on the real clock: computing, or asleep."""
+
+    def __init__(self, step_seconds: float, asleep: bool) -> None:
+        super().__init__(SimpleNamespace(now=0.0), step_seconds)
+        self._asleep = asleep
+
+    def step(self, max_tokens: int) -> Step:
+        until = perf_counter() + self._seconds
+        while perf_counter() < until:
+            if self._asleep:
+                time.sleep(self._seconds / 4)
+        return super().step(max_tokens)
+
+
+def test_a_sleeping_lane_does_not_slow_the_other_on_the_real_clock():
+    """The rounds that no other program disturbed (the quicker quarter) take what they take alone."""
+
+    def undisturbed(slow_beside: bool) -> float:
+        rounds: list[float] = []
+
+        def lane(seconds: float, asleep: bool, log: list[float]) -> Lane:
+            started = lane_of(BusyBackend(seconds, asleep), 30).start
+
+            def start() -> Any:
+                run: Any = started()
+                advance = run._advance
+                run._advance = lambda: log.append((made := advance()).seconds) or made
+                return run
+
+            return Lane("lane", start)
+
+        lanes = [lane(0.004, False, rounds)] + [lane(0.020, True, [])] * slow_beside
+        list(Race(lanes).updates(every=0.25))
+        return quantiles(rounds, n=4)[0]
+
+    assert undisturbed(True) == pytest.approx(undisturbed(False), rel=0.05)
+
+
 def test_a_lane_waits_for_its_first_token_on_its_own_clock(monkeypatch: pytest.MonkeyPatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(engine.generation, "perf_counter", lambda: clock.now)
@@ -234,12 +281,17 @@ def test_a_lane_waits_for_its_first_token_on_its_own_clock(monkeypatch: pytest.M
 
 
 def over(
-    name: str, tokens: Sequence[int], seconds: float, reason: FinishReason = FinishReason.STOP
+    name: str,
+    tokens: Sequence[int],
+    seconds: float,
+    reason: FinishReason = FinishReason.STOP,
+    drafts: int = 9,
 ) -> LaneRun:
     """A lane that is over."""
     run = LaneRun(Lane(name, lambda: pytest.fail("it has run already")))
     run.pieces = [Piece(token, Provenance.VERIFIED, "x") for token in tokens]
     run.metrics = GenerationMetrics(decode_seconds=seconds, num_decode_tokens=max(len(tokens) - 1, 0))
+    run.metrics.speculation.num_draft_tokens = drafts
     run.finish_reason = reason
     return run
 
@@ -268,10 +320,20 @@ def test_verdict_diverged_names_place_and_gap():
 def test_verdict_slower_says_why():
     runs = (over("M2R2", SAME, 3.0), over("Plain", SAME, 2.0))
     assert verdict(runs, ROLES, STATE, None) == (
-        "M2R2 was slower here (2.00 s against 3.00 s of decoding), because 31% of its drafts were right, and a "
+        "M2R2 was slower here (3.00 s against 2.00 s of decoding), because 31% of its drafts were right, and a "
         "draft costs 4.0 ms beside a plain step's 10.0 ms; outputs identical."
     )
     assert "did not pay" in verdict(runs, ROLES, None, None)
+
+
+@pytest.mark.parametrize("seconds", [1.8, 2.3])
+def test_verdict_without_drafts_makes_nothing_of_noise(seconds: float):
+    runs = (over("M2R2", SAME, seconds, drafts=0), over("Plain", SAME, 2.0))
+    assert verdict(runs, ROLES, STATE, None) == (
+        f"Acceleration is off for now, so both decoded plainly ({seconds:.2f} s against 2.00 s of decoding); "
+        "outputs identical."
+    )
+    assert "plainly" not in verdict(runs, ROLES, STATE, None, same_model=False)
 
 
 def test_verdict_of_two_plain_lanes_gives_no_reason():
