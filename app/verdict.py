@@ -73,7 +73,7 @@ def _speed(runs: Sequence[LaneRun], accelerated: Sequence[bool], state: Speculat
         return f"Both ran equally fast ({told})"
     if accelerated[slow] and not accelerated[quick]:
         told = _figures(runs, slow, quick)
-        return f"{runs[slow].name} was slower here ({told}), because {_why_slower(state)}"
+        return f"{runs[slow].name} was slower here ({told}), because {_why_slower(runs[slow], state)}"
     verb = "finished" if _same_length(runs) else "ran"
     how = f"{ratio:.1f} times {'sooner' if _same_length(runs) else 'as fast'}"
     if ratio < 1.1:
@@ -95,12 +95,19 @@ def _same_length(runs: Sequence[LaneRun]) -> bool:
     return len({len(run.pieces) for run in runs}) == 1
 
 
-def _why_slower(state: SpeculationState | None) -> str:
-    if state is None or not (state.acceptance and state.draft_seconds and state.plain_seconds):
-        return "its drafts did not pay for themselves"
+def _why_slower(run: LaneRun, state: SpeculationState | None) -> str:
+    stats = run.metrics.speculation if run.metrics else None
+    if stats is None or stats.acceptance_rate is None or stats.mean_acceptance_length is None:
+        return "it drafted nothing"
+    costs = ""
+    if state is not None and state.draft_seconds and state.plain_seconds:
+        costs = (
+            f", while a draft costs {1e3 * state.draft_seconds:.1f} ms "
+            f"beside a plain step's {1e3 * state.plain_seconds:.1f} ms"
+        )
     return (
-        f"{state.acceptance:.0%} of its drafts were right, and a draft costs {1e3 * state.draft_seconds:.1f} ms "
-        f"beside a plain step's {1e3 * state.plain_seconds:.1f} ms"
+        f"{stats.acceptance_rate:.0%} of its drafts were right and a round gave "
+        f"{stats.mean_acceptance_length:.2f} tokens{costs}"
     )
 
 

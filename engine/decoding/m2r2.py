@@ -44,7 +44,7 @@ class M2R2Decoding:
 
     def step(self, max_tokens: int) -> Step:
         started = perf_counter()
-        sequence, stepper, drafter = self._sequence, self._stepper, self._drafter
+        sequence, stepper = self._sequence, self._stepper
         cache, ids, split = sequence.cache, sequence.ids, self._drafter.depth
         start = cache.length
         drafts, slow, confidences = self._draft(ids[-1], min(max_tokens, stepper.max_rows) - 1)
@@ -59,14 +59,16 @@ class M2R2Decoding:
             hidden = stepper.run_layers(torch.cat(slow), cache, start, split, self._num_layers)
         accepted = accept_chain(stepper.logits(hidden), drafts, ids, sequence.sampler)
         cache.length = start + accepted + 1
-        self._final = hidden[accepted]
+        is_first, self._final = self._final is None, hidden[accepted]
 
         ended = perf_counter()
-        self._controller.observe(
-            RoundRecord(
-                len(slow) > 0, tuple(confidences), len(drafts), accepted, drafted - started, ended - drafted
-            )
+        record = RoundRecord(
+            len(slow) > 0, tuple(confidences), len(drafts), accepted, drafted - started, ended - drafted
         )
+        # The first step behind a prompt finds caches and threads cold and takes half as long again: counted
+        # among the plain steps, it would make drafting look better than it is.
+        if not is_first:
+            self._controller.observe(record)
         own = Provenance.BONUS if drafts and accepted == len(drafts) else Provenance.VERIFIED
         return Step(
             tuple(ids[start + 1 :]), (Provenance.DRAFTED,) * accepted + (own,), len(drafts), accepted,
