@@ -32,6 +32,7 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--held-out", type=int, default=64, help="prompts to measure with")
     tune.add_argument("--steps", type=int, default=1000, help="of the optimiser")
     tune.add_argument("--batch-tokens", type=int, default=None, help="tokens per step, padding included")
+    tune.add_argument("--learning-rate", type=float, default=None)
     tune.add_argument("--seed", type=int, default=0)
     tune.add_argument(
         "--disk-budget", default="2G", metavar="SIZE", help="for kept states: 500M, 2G; 0: none"
@@ -90,9 +91,14 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InvalidRequestError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
+    if arguments.learning_rate is not None and not 0 < arguments.learning_rate < 1:
+        raise InvalidRequestError(f"--learning-rate must lie between 0 and 1, not {arguments.learning_rate}.")
     training = default_training(pick_device(arguments.device), arguments.steps)
     training = replace(
-        training, seed=arguments.seed, tokens_per_batch=arguments.batch_tokens or training.tokens_per_batch
+        training,
+        seed=arguments.seed,
+        tokens_per_batch=arguments.batch_tokens or training.tokens_per_batch,
+        learning_rate=arguments.learning_rate or training.learning_rate,
     )
     return TuneRequest(
         source=arguments.model or DEFAULT_MODEL,

@@ -165,7 +165,7 @@ def default_training(device: str, steps: int) -> TrainingConfig:
     """Small batches on a CPU, where a step should take seconds; large ones on a GPU."""
     warmup = max(1, min(100, steps // 10))
     if device == "cpu":
-        return TrainingConfig(tokens_per_batch=2048, learning_rate=1e-3, warmup_steps=warmup)
+        return TrainingConfig(tokens_per_batch=1024, warmup_steps=warmup)
     return TrainingConfig(warmup_steps=warmup)
 
 
