@@ -23,7 +23,7 @@ from engine.cli import build_parser
 from engine.errors import InvalidRequestError
 from engine.models.loader import load_decoder
 from engine.residuals import stages, tuning, tuning_data, tuning_store
-from engine.residuals.ablation import OwnKeysObjective, ablate, draft_cost, predicted_speedup, rows
+from engine.residuals.ablation import OwnKeysObjective, ablate, draft_cost, predicted_speedup, rows, table
 from engine.residuals.accelerator import Accelerator, AcceleratorConfig
 from engine.residuals.adapter_file import find_adapter, load_accelerator, read_card
 from engine.residuals.command import parse_size
@@ -433,11 +433,21 @@ def test_the_results_page_agrees_with_the_raw_figures() -> None:
     results = ROOT / "assets" / "results"
     log = json.loads((results / "accelerator-training-h100.json").read_text())
     raw = {row["name"]: row for row in log}
-    table = (results / "README.md").read_text().split("<!-- gpu table -->")[1].split("<!-- end")[0]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()[2:]]
+    page = (results / "README.md").read_text()
+    gpu = page.split("<!-- gpu table -->")[1].split("<!-- end")[0]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.strip().splitlines()[2:]]
     assert {line[0].strip("`") for line in lines} == set(raw)
     for name, _, seen, ridge, first, third in lines:
         row = raw[name.strip("`")]
         assert seen == f"{row['tokens_seen'] / 1e6:.1f}"
         shares = (row["ridge_only"][0], row["mt_bench"][0], row["mt_bench"][2])
         assert (ridge, first, third) == tuple(f"{share:.1%}".replace("%", " %") for share in shares), name
+    rates = json.loads((results / "learning-rate-cpu.json").read_text())["rows"]
+    for row in rates:
+        shares = (row["greedy_agreement_by_draft_position"][place] for place in (0, 2))
+        assert (
+            f"| {row['name']} | {' | '.join(f'{share:.1%}'.replace('%', ' %') for share in shares)} |" in page
+        )
+    ablation = json.loads((results / "ablation-cpu.json").read_text())
+    shown = page.split("<!-- ablation table -->\n")[1].split("<!-- end")[0].splitlines()
+    assert set(shown) <= set(table(ablation).splitlines())

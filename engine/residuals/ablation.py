@@ -211,6 +211,22 @@ def predicted_speedup(agreements: list[float], cost: float) -> dict[str, float]:
     return best
 
 
+def table(report: dict[str, Any]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| row | exit alone | 1st | 2nd | 3rd | 6th | bytes | multiplications | predicted speedup |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        shares = [row["greedy_agreement_by_draft_position"][place] for place in (0, 1, 2, 5)]
+        cells = [f"{row['ridge_only'][0]:.1%}" if "ridge_only" in row else "", *(f"{s:.1%}" for s in shares)]
+        cells += [f"{row['draft_bytes_share']:.0%}", f"{row['draft_flops_share']:.0%}"]
+        best = row["predicted_speedup"]
+        cells.append(f"{best['speedup']:.2f} with {best['draft_length']:.0f}")
+        lines.append(" | ".join(["| " + row["name"], *(cell.replace("%", " %") for cell in cells)]) + " |")
+    return "\n".join(lines)
+
+
 def _read(target: Path) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))

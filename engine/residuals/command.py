@@ -55,10 +55,11 @@ def tune_command(arguments: argparse.Namespace) -> int:
     previous = signal.signal(signal.SIGINT, lambda *_: _interrupt(cancel))
     try:
         if arguments.ablation:
-            from engine.residuals.ablation import ablate
+            from engine.residuals.ablation import ablate, table
             from engine.residuals.stages import Runner
 
-            ablate(request, work_dir, Path(arguments.ablation), Runner(console.show, cancel), console.row)
+            target, runner = Path(arguments.ablation), Runner(console.show, cancel)
+            console.say(table(ablate(request, work_dir, target, runner, console.row)))
         else:
             path = tune(request, work_dir, console.show, cancel)
             console.say(_summary(path))
