@@ -307,6 +307,7 @@ def test_two_processes_train_together(model: Path, prompts: Path, tmp_path: Path
         str(prompts),
         str(tmp_path / "work"),
         str(out),
+        "6",
     ]
     shared = {
         "WORLD_SIZE": "2",
@@ -323,9 +324,9 @@ def test_two_processes_train_together(model: Path, prompts: Path, tmp_path: Path
     ]  # fmt: skip
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert "train 30" in outputs[0] and "train" not in outputs[1]
+    assert "train 6" in outputs[0] and "train" not in outputs[1]
     card = read_card(out)
-    assert card["measured"]["greedy_agreement_by_draft_position"]["held_out"][0] > 0.3
+    assert card["measured"]["greedy_agreement_by_draft_position"]["held_out"][0] > 0.2
     assert load_accelerator(out, load_decoder(model, "fp32")).config.rank == 8
 
 

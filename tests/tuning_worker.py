@@ -1,6 +1,6 @@
 """Run by tests in a process of its own: tunes a tiny model, with a line of output per report of progress.
 
-Arguments: model folder, prompts file, work folder, adapter file.
+Arguments: model folder, prompts file, work folder, adapter file, and perhaps the number of steps.
 """
 
 from __future__ import annotations
@@ -40,4 +40,5 @@ def make_quick() -> None:
 if __name__ == "__main__":
     model, prompts, work, out = map(Path, sys.argv[1:5])
     make_quick()
-    tune(small_request(model, prompts, out), work, lambda p: print(p.stage, p.done, flush=True))
+    steps = int(sys.argv[5]) if sys.argv[5:] else 30
+    tune(small_request(model, prompts, out, steps), work, lambda p: print(p.stage, p.done, flush=True))

@@ -42,10 +42,14 @@ class Workers:
 
     def average(self, parameters: list[torch.nn.Parameter]) -> None:
         """Gradients become their mean over the processes."""
-        for parameter in parameters:
-            if parameter.grad is not None and self.count > 1:
-                _distributed().all_reduce(parameter.grad)
-                parameter.grad /= self.count
+        if self.count == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])  # one exchange, not one each
+        _distributed().all_reduce(together)
+        parts = (together / self.count).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, parts, strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def find_workers(device: str) -> Workers:
