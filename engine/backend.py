@@ -35,16 +35,20 @@ class LoadedModel:
 
 
 class DecoderBackend:
-    """Decoder, stepper and the methods that run on them."""
+    """Decoder, stepper and the methods that run on them.
+
+    Args:
+        m2r2: accelerated decoding; None looks for an accelerator of this model.
+    """
 
     prefill_chunk = PREFILL_CHUNK
 
-    def __init__(self, decoder: Decoder, stepper: Stepper | None = None) -> None:
+    def __init__(self, decoder: Decoder, stepper: Stepper | None = None, m2r2: M2R2 | None = None) -> None:
         self.decoder = decoder
         self.stepper = stepper or make_stepper(decoder)
         self.kernel = self.stepper.name
         self.context_length = decoder.config.context_length
-        self.m2r2 = _m2r2(self.stepper)
+        self.m2r2 = m2r2 or _m2r2(self.stepper)
         self.factories = method_factories(self.stepper, self.m2r2)
 
     def methods(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
 from engine.quantization.int8 import Int8Format
 from engine.residuals.accelerator import Accelerator, LowRank, unit_rms
-from engine.residuals.drafter import Draft, cut_head
+from engine.residuals.drafter import Draft, cut_head, whole_blocks
 
 _CPU = torch.device("cpu")
 
@@ -31,7 +31,8 @@ class FusedDrafter:
         self.stepper = stepper
         self.depth = accelerator.config.depth
         self._eps = decoder.config.norm_eps
-        self._vocab = accelerator.draft_vocab.numpy()
+        vocab = whole_blocks(accelerator.draft_vocab)
+        self._vocab = vocab.numpy()
         self._adapters = np.zeros((self.depth, control.ADAPTER_FIELDS), np.int64)
         for index in range(self.depth):
             adapters = accelerator.adapters(index)
@@ -41,7 +42,7 @@ class FusedDrafter:
                 for half in _halves(pair)
             ]
             self._adapters[index] = np.concatenate([table.describe(half) for half in halves])
-        head = _draft_head(stepper, accelerator)
+        head = _draft_head(stepper, vocab)
         start = 0
         if accelerator.start is not None:
             start = table.describe(_int8(accelerator.start)).ctypes.data
@@ -95,13 +96,13 @@ def _halves(adapter: LowRank) -> tuple[Linear, Linear]:
     return _int8(F.pad(adapter.down, (0, 0, 0, padding))), _int8(F.pad(adapter.up, (0, padding)))
 
 
-def _draft_head(stepper: FusedStepper, accelerator: Accelerator) -> Linear:
+def _draft_head(stepper: FusedStepper, vocab: Tensor) -> Linear:
     """The head's rows of the draft vocabulary: its own int4 codes, or rounded to int4 (int8 where this
     torch's int4 layout is not known)."""
     head = stepper.decoder.weights.lm_head
     if isinstance(head, Int4Linear):
-        return cut_head(stepper.decoder, accelerator.draft_vocab)
-    rows = head.dequantize()[accelerator.draft_vocab]
+        return cut_head(stepper.decoder, vocab)
+    rows = head.dequantize()[vocab]
     if stepper.draft_head_is_int4:
         return Int4Format().pack(quantize_groups(rows), None, _CPU)
     return _int8(rows)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.attention import attend
@@ -17,7 +18,7 @@ from engine.models.decoder import Decoder, rms_norm, write_cache
 from engine.models.kv_cache import KVCache
 from engine.models.rope import rotate
 from engine.models.stepper import Stepper, TorchStepper
-from engine.quantization.base import GroupQuantized, Linear
+from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
 from engine.quantization.int4 import Int4Format, Int4Linear
 from engine.quantization.int8 import Int8Linear
@@ -62,8 +63,9 @@ class TorchDrafter:
         self.stepper, self.decoder = stepper, decoder
         self.accelerator = accelerator.to(decoder.device, decoder.dtype).requires_grad_(False)
         self.depth = accelerator.config.depth
-        self._vocab = accelerator.draft_vocab.tolist()
-        self._head = cut_head(decoder, accelerator.draft_vocab)
+        vocab = whole_blocks(accelerator.draft_vocab)
+        self._vocab = vocab.tolist()
+        self._head = cut_head(decoder, vocab)
 
     def condition(self, final: Tensor) -> Tensor:
         return unit_rms(final, self.decoder.config.norm_eps)
@@ -108,10 +110,16 @@ class TorchDrafter:
         wide = layer.gate_up(x)
         wide[:, 1:] += adapters.gate_up(x[:, 1:])
         gate, up = wide.chunk(2, dim=-1)
-        inner = torch.nn.functional.silu(gate) * up
+        inner = F.silu(gate) * up
         out = layer.down(inner)
         out[:, 1:] += adapters.down(inner[:, 1:])
         return rows + out
+
+
+def whole_blocks(draft_vocab: Tensor) -> Tensor:
+    """The draft vocabulary ``[Vd]``, its last token repeated up to a multiple of 64: packed formats want that.
+    The first of equal logits wins, so the copies are never drafted."""
+    return F.pad(draft_vocab, (0, -len(draft_vocab) % 64), value=int(draft_vocab[-1]))
 
 
 def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
@@ -123,11 +131,7 @@ def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
     if isinstance(head, Int8Linear):
         return Int8Linear(head.weight[keep].contiguous(), head.scales[keep].contiguous(), bias)
     if isinstance(head, Int4Linear):
-        scale, zero = head.scales_and_zeros.float()[:, keep].permute(2, 1, 0)  # each [Vd, K / 32]
-        groups = head.dequantize()[keep].view(len(keep), -1, head.group_size)
-        codes = ((groups - zero[..., None]) / scale[..., None] + 8).round().clamp(0, 15)
-        packed = GroupQuantized(codes.to(torch.uint8).flatten(1), scale, zero - 8 * scale)
-        return Int4Format().pack(packed, bias, decoder.device)
+        return Int4Format().pack(head.rows(keep), bias, decoder.device)
     weight = head.dequantize()[keep].to(decoder.device, decoder.dtype)
     return DenseLinear(weight.contiguous(), bias)
 
