@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engine.context import check_length, fit_messages
 from engine.decoding.base import Backend, TokenSequence
 from engine.decoding.sampling import Sampler
-from engine.errors import InvalidRequestError
+from engine.errors import InvalidRequestError, SlipstreamError
 from engine.generation import ENGINE_LOCK, Generation
 from engine.prefix import KeptCache, PrefixCaches, settle
 from engine.requests import GenerationRequest, Message, SamplingParams
@@ -198,6 +198,11 @@ class Session:
         sequence = TokenSequence([token] * 4, cache, Sampler(GenerationRequest(prompt_ids=(0,)).sampling), 4)
         with ENGINE_LOCK, use_threads(self.num_threads):
             self.backend.prefill(sequence.ids[:-1], cache)
+            for name in self.methods()[1:]:
+                try:
+                    self.backend.method(name)  # builds what it needs: a drafter takes a moment
+                except SlipstreamError as error:  # whoever asks for it is told; the others can be used
+                    log.warning("The method %s cannot be used: %s", name, error)
             method = self.backend.method(self.methods()[0])
             method.start(sequence)
             method.step(1)

@@ -142,6 +142,16 @@ def test_activations_beyond_float16_do_not_overflow(name: str) -> None:
 # -- int4 ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("columns", [32, 96, 576])
+def test_single_rows_come_out_with_their_own_codes(columns: int) -> None:
+    """Packed again, they equal the rows of the whole matrix bit for bit."""
+    weight = get_format("int4").pack(torch.randn(96, columns), torch.ones(96), CPU)
+    keep = torch.randperm(96)[:64]
+    again = get_format("int4").pack(weight.rows(keep), None, CPU)
+    assert torch.equal(again.dequantize(), weight.dequantize()[keep])
+    assert torch.equal(again(torch.eye(columns).bfloat16()).float().T, again.dequantize())
+
+
 def test_codes_go_in_as_they_are() -> None:
     """Groups with bf16 scales come out exactly; a matrix of many pieces equals its pieces."""
     codes = torch.randint(0, 16, (2 * 1024 + 48, 96), generator=torch.Generator().manual_seed(1)).to(

@@ -392,3 +392,19 @@ def test_real_steps_do_not_depend_on_rows_in_the_batch(smollm: Session):
         together = stepper.run_layers(stepper.embed(ids[:count]), batched, 0, 0, layers)
         assert torch.equal(torch.cat(rows), together)
         assert torch.equal(torch.cat([stepper.logits(row) for row in rows]), stepper.logits(together))
+
+
+def test_warming_up_builds_every_method(session: Session, monkeypatch: pytest.MonkeyPatch):
+    """So that the first accelerated answer does not wait; one that cannot be built stops nobody."""
+    build, built = session.backend.method, []
+
+    def method(name: str):
+        built.append(name)
+        if name != "plain":
+            raise ModelFileError("The accelerator is damaged.")
+        return build(name)
+
+    monkeypatch.setattr(session.backend, "method", method)
+    monkeypatch.setattr(session.backend, "methods", lambda: ("plain", "m2r2"))
+    session.warm_up()
+    assert sorted(built) == ["m2r2", "plain"]

@@ -7,6 +7,8 @@ and output, so GGUF's Q4_0, Q4_1 and Q4_K map onto it code by code: ``w = d * q 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ GROUP_SIZE = 32
 # Large matrices are packed piece by piece, so that the peak stays near the packed size. The packed layout
 # interleaves blocks of up to 64 rows, so pieces of 1024 rows join to the same bytes.
 _ROWS_AT_ONCE = 1024
+_INPUTS_AT_ONCE = 64
 _OUTPUTS = 16  # torch packs as many at once
 
 
@@ -53,11 +56,31 @@ class Int4Linear(Linear):
         return self.packed.nbytes + self.scales_and_zeros.nbytes
 
     def dequantize(self) -> Tensor:
-        # Multiplying the identity by the matrix reads the weights in whatever order they are packed.
+        weight = torch.empty(self.out_features, self.in_features, device=self.packed.device)
+        for strip, product in self._strips():
+            weight[:, strip] = product.T
+        return weight
+
+    def rows(self, outputs: Tensor) -> GroupQuantized:
+        """The rows that ``outputs`` names, with their own codes, scales and zeros."""
+        scale, zero = self.scales_and_zeros.float()[:, outputs].permute(2, 1, 0)  # each [rows, K / 32]
+        codes = torch.empty(len(outputs), self.in_features, dtype=torch.uint8, device=self.packed.device)
+        for strip, product in self._strips():
+            groups = product[:, outputs].T.float().unflatten(1, (-1, GROUP_SIZE))
+            own = slice(strip.start // GROUP_SIZE, strip.stop // GROUP_SIZE)
+            exact = (groups - zero[:, own, None]) / scale[:, own, None] + 8
+            codes[:, strip] = exact.round().clamp(0, 15).to(torch.uint8).flatten(1)
+        return GroupQuantized(codes, scale, zero - 8 * scale)
+
+    def _strips(self) -> Iterator[tuple[slice, Tensor]]:
+        """Ranges of inputs with their weights ``bf16 [inputs, N]``. Multiplying the identity by the matrix
+        reads it in whatever order it is packed; at once it would take several times the memory."""
         identity = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
         bias, self.bias = self.bias, None
         try:
-            return self(identity).float().T.contiguous()
+            for begin in range(0, self.in_features, _INPUTS_AT_ONCE):
+                strip = slice(begin, min(begin + _INPUTS_AT_ONCE, self.in_features))
+                yield strip, self(identity[strip])
         finally:
             self.bias = bias
 
