@@ -70,11 +70,14 @@ class DecoderBackend:
 
     def close(self) -> None:
         self.factories.clear()
+        if self.m2r2 is not None:
+            self.m2r2.keep()
         del self.decoder, self.stepper, self.m2r2  # running steps keep their own references to the end
 
 
 def _m2r2(stepper: Stepper) -> M2R2 | None:
     """Accelerated decoding, if there is an accelerator for this model."""
+    from engine.decoding.controller_file import controller_path, load_controller, save_controller
     from engine.decoding.m2r2 import M2R2
     from engine.residuals.adapter_file import find_adapter, load_accelerator
     from engine.residuals.drafter import make_drafter
@@ -82,4 +85,10 @@ def _m2r2(stepper: Stepper) -> M2R2 | None:
     path = find_adapter(stepper.decoder)
     if path is None:
         return None
-    return M2R2(lambda: make_drafter(stepper, load_accelerator(path, stepper.decoder)))
+    kept = controller_path(stepper, path)
+    controller = load_controller(kept)
+    return M2R2(
+        lambda: make_drafter(stepper, load_accelerator(path, stepper.decoder)),
+        controller,
+        lambda: save_controller(kept, controller),
+    )

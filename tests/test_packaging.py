@@ -93,3 +93,11 @@ def test_the_launchers_are_runnable() -> None:
     assert b"launch.py" in batch and batch.count(b"\r\n") == batch.count(b"\n")
     png = (ROOT / "assets" / "icons" / "slipstream.png").read_bytes()
     assert png.startswith(b"\x89PNG") and png[16:24] == (256).to_bytes(4, "big") * 2
+
+
+def test_the_results_in_the_readme_are_those_of_the_reports() -> None:
+    from engine.evaluation.readme import fill
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text == fill(text, ROOT / "assets" / "results")
+    assert "m2r2 over plain" in text

@@ -104,14 +104,24 @@ class M2R2:
 
     Args:
         make_drafter: loads the accelerator; may take a moment and some megabytes.
+        keep: called when the model is unloaded, to remember what the controller has learnt.
     """
 
     def __init__(
-        self, make_drafter: Callable[[], Drafter], controller: DepthController | None = None
+        self,
+        make_drafter: Callable[[], Drafter],
+        controller: DepthController | None = None,
+        keep: Callable[[], None] | None = None,
     ) -> None:
         self._make_drafter = make_drafter
         self._drafter: Drafter | None = None
         self.controller = controller or DepthController()
+        self._keep = keep
+
+    def keep(self) -> None:
+        """Remember what the controller has learnt, if it has drafted at all."""
+        if self._keep is not None and self._drafter is not None:
+            self._keep()
 
     def new_method(self) -> M2R2Decoding:
         """A method for one generation.

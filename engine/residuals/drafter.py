@@ -46,7 +46,10 @@ class Drafter(Protocol):
     """Drafts one token at a time on a loaded model."""
 
     depth: int  # layers that a draft step runs
-    stepper: Stepper  # what verification continues on
+
+    @property
+    def stepper(self) -> Stepper:
+        """What verification continues on."""
 
     def condition(self, final: Tensor) -> Tensor:
         """The condition ``[D]`` that a verified position's last state ``[D]`` gives its successor."""

@@ -1,0 +1,130 @@
+"""The depth controller: it drafts where that pays, stops where it does not, and says why."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from engine.decoding.controller import DepthController, RoundRecord
+from engine.decoding.controller_file import load_controller, save_controller
+
+PLAIN = 0.010
+
+
+def simulate(
+    controller: DepthController,
+    rounds: int,
+    chance: float,
+    draft: float,
+    row: float,
+    limit: int = 7,
+    seed: int = 1,
+) -> tuple[float, float]:
+    """Tokens and seconds of ``rounds`` rounds on a made-up machine.
+
+    Args:
+        chance: that a draft is right; its confidence says so truthfully, with some noise.
+        draft, row: a draft step and a further row, as shares of a plain step.
+    """
+    luck, tokens, seconds = random.Random(seed), 0, 0.0
+    for _ in range(rounds):
+        confidences: list[float] = []
+        drafted = controller.plan(limit)
+        kept = 0
+        while drafted:
+            confidences.append(min(0.99, max(0.01, luck.gauss(chance, 0.1))))
+            if not controller.keep(confidences):
+                break
+            kept += 1
+            if not controller.more(confidences):
+                break
+        accepted = 0
+        while accepted < kept and luck.random() < confidences[accepted]:
+            accepted += 1
+        drafting = PLAIN * draft * len(confidences)
+        verifying = PLAIN * (1 + row * kept)
+        controller.observe(RoundRecord(drafted, tuple(confidences), kept, accepted, drafting, verifying))
+        tokens += accepted + 1
+        seconds += drafting + verifying
+    return tokens, seconds
+
+
+def speedup(controller: DepthController, **machine: float) -> float:
+    tokens, seconds = simulate(controller, 3000, **machine)  # type: ignore[arg-type]
+    return tokens / seconds * PLAIN
+
+
+@pytest.mark.parametrize(
+    ("chance", "draft", "row", "at_least"),
+    [
+        (0.9, 0.1, 0.02, 2.8),  # good drafts, cheap rows
+        (0.6, 0.12, 0.02, 1.4),
+        (0.5, 0.2, 0.25, 0.99),  # hardly worth it
+        (0.1, 0.3, 0.3, 0.97),  # never worth it: off, but for a probe now and then
+        (0.0, 0.1, 0.1, 0.97),
+    ],
+)
+def test_never_much_slower_than_plain_and_faster_where_it_pays(
+    chance: float, draft: float, row: float, at_least: float
+) -> None:
+    assert speedup(DepthController(), chance=chance, draft=draft, row=row) >= at_least
+
+
+def test_bad_drafts_switch_it_off_with_a_sentence() -> None:
+    controller = DepthController()
+    simulate(controller, 600, chance=0.05, draft=0.4, row=0.3)
+    assert controller.is_off
+    assert controller.reason is not None
+    assert controller.reason.startswith("Acceleration is off for now")
+    assert controller.reason.endswith(".")
+    state = controller.state()
+    assert state.is_off
+    assert state.plain_tokens_per_second == pytest.approx(1 / PLAIN)
+
+
+def test_it_comes_back_when_drafts_become_good() -> None:
+    controller = DepthController()
+    simulate(controller, 400, chance=0.05, draft=0.2, row=0.2)
+    assert controller.is_off
+    tokens, seconds = simulate(controller, 4000, chance=0.9, draft=0.1, row=0.05)
+    assert not controller.is_off
+    assert tokens / seconds * PLAIN > 1.5
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+def test_the_limit_is_kept(limit: int) -> None:
+    controller = DepthController(fixed=5)
+    if limit == 0:
+        assert not controller.plan(0)
+        return
+    assert controller.plan(limit)
+    made = [0.9]
+    while controller.more(made):
+        made.append(0.9)
+    assert len(made) == limit
+
+
+def test_what_was_learnt_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "speculation" / "kept.json"
+    first = DepthController()
+    simulate(first, 300, chance=0.6, draft=0.1, row=0.05)
+    save_controller(path, first)
+    second = load_controller(path)
+    assert second.export() == first.export()
+    assert second.state() == first.state()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 99}', "\x00\xff"])
+def test_a_damaged_file_is_as_none(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "kept.json"
+    path.write_text(content, encoding="latin-1")
+    assert load_controller(path).export() == DepthController().export()
+    assert load_controller(tmp_path / "none.json").export() == DepthController().export()
+
+
+def test_a_full_disk_costs_nothing_but_the_memory(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    save_controller(in_the_way / "kept.json", DepthController())  # a folder that cannot be made
