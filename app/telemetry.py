@@ -160,7 +160,7 @@ def _sparkline(rates: Sequence[float], accelerated: bool) -> str:
     )
     kind = "spark accelerated" if accelerated else "spark"
     return (
-        f'<svg class="{kind}" viewBox="0 0 96 24" role="img" aria-label="Tokens per second, recent rounds">'
+        f'<svg class="{kind}" viewBox="0 0 96 24" preserveAspectRatio="none" role="img" aria-label="Tokens per second, recent rounds">'
         f'<polyline points="{points}"/></svg>'
     )
 

@@ -109,18 +109,20 @@ def opened(browser: Any, url: str, viewport: dict[str, int] = DESKTOP, dark: boo
 def test_a_question_is_answered_token_by_token(browser: Any, url: str):
     with opened(browser, url) as chat:
         screenshot(chat.page, "chat-empty-light")
-        chat.limit_tokens(96)
+        chat.limit_tokens(512)
         chat.ask(LONG)
         first = chat.wait_for_text()
+        assert chat.stop_button.is_visible()
         second = chat.wait_for_text(longer_than=len(first))
-        screenshot(chat.page, "chat-streaming-light")
-        assert second.startswith(first[:20]) and chat.stop_button.is_visible()
+        screenshot(chat.page, "chat-streaming-light")  # takes a while: the answer may end meanwhile
+        assert second.startswith(first[:20])
         last = chat.wait_for_end()
-        assert len(last) > len(second) and chat.questions.last.inner_text().strip() == LONG
+        assert len(last) >= len(second) > len(first) and chat.questions.last.inner_text().strip() == LONG
         assert chat.box.input_value() == ""
         speed = chat.page.locator("#speed").inner_text()
         assert re.search(r"\d+\.\d\s+tokens/s", speed) and re.search(r"\d+ ms|\d+\.\d s", speed)
-        assert re.search(r"\b96\s+tokens", speed)  # counted by the engine
+        counted = re.search(r"\b(\d+)\s+tokens\b(?!/s)", speed)  # by the engine
+        assert counted and 40 < int(counted[1]) <= 512
         machine = chat.page.locator("#machine").inner_text()
         assert "SmolLM2-135M-Instruct" in machine and "int4" in machine and "MB" in machine
         screenshot(chat.page, "chat-finished-light")
