@@ -266,6 +266,18 @@ def test_the_page_names_no_other_machine_and_no_analytics(built: TestClient):
     assert built.get("/config", headers={"host": "evil.example"}).status_code == 403
 
 
+def test_an_idle_page_does_not_poll_a_thousand_times_a_second():
+    """gradio's own names: this fails if another version calls them otherwise."""
+    import gradio as gr
+
+    with gr.Blocks() as blocks:
+        gr.HTML("")
+    names = {"sleep_when_free", "progress_update_sleep_when_free"}
+    assert names <= set(vars(blocks._queue))
+    build_app(blocks, local_only=True)
+    assert all(vars(blocks._queue)[name] >= 0.03 for name in names)
+
+
 def test_no_function_of_the_page_is_offered_as_an_api(built: TestClient):
     info = built.get("/gradio_api/info").json()
     assert info["named_endpoints"] == {} and info["unnamed_endpoints"] == {}
