@@ -47,7 +47,7 @@ class Chat:
         self.answers = page.locator('#conversation [data-testid="bot"]')
         self.questions = page.locator('#conversation [data-testid="user"]')
         self.send_button = page.get_by_role("button", name="Send", exact=True)
-        self.stop_button = page.get_by_role("button", name="Stop", exact=True)
+        self.stop_button = page.get_by_test_id("stop-button")  # another one stops loading
 
     def ask(self, text: str) -> None:
         """Send it, and wait until the page has taken it."""

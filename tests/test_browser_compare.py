@@ -77,7 +77,7 @@ class Compare:
         self.prompt.wait_for()
         # The methods of the model appear when it is there.
         page.wait_for_function(
-            "document.querySelector('#machine').textContent.includes('SmolLM2')", timeout=SECONDS
+            "document.querySelector('#machine')?.textContent.includes('SmolLM2')", timeout=SECONDS
         )
         page.wait_for_timeout(1000)
         self.start_button = page.locator("#race-prompt button", has_text="Compare")
@@ -112,7 +112,7 @@ class Compare:
     def verdict(self) -> str:
         """Wait for the end; returns the verdict."""
         self.page.wait_for_function(
-            "document.querySelector('.verdict').textContent.length > 5", timeout=SECONDS
+            "document.querySelector('.verdict')?.textContent.length > 5", timeout=SECONDS
         )
         return str(self.page.inner_text(".verdict"))
 
@@ -238,7 +238,7 @@ def test_a_streaming_answer_is_tinted_and_the_strip_is_live(
     (tmp_path / "data" / "settings.json").write_text(json.dumps(saved))
     with app_process(tmp_path) as url, open_page(browser, url) as page:
         page.wait_for_function(
-            "document.querySelector('#machine').textContent.includes('SmolLM2')", timeout=SECONDS
+            "document.querySelector('#machine')?.textContent.includes('SmolLM2')", timeout=SECONDS
         )
         page.locator("#settings > .toggle-button").click()
         page.locator("#method input[value=m2r2]").wait_for(state="attached", timeout=SECONDS)
