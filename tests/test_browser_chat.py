@@ -377,7 +377,6 @@ def test_the_second_browser_is_told_its_place(browser: Any, url: str):
         first.wait_for_end()
         second.wait_for_text()
         assert "ahead of yours" not in notice.inner_text()
-        second.stop_button.click()
         second.wait_for_end()
 
 
