@@ -154,11 +154,6 @@ class DepthController:
             seconds = min(record.draft_seconds + record.verify_seconds, 2 * expected)
             self._judge(record.num_accepted + 1, seconds)
 
-    def summary(self) -> dict[str, Any]:
-        """Measured costs in milliseconds and acceptance, for reports and the telemetry."""
-        costs = {name: round(1e3 * median(times), 3) for name, times in sorted(self._times.items())}
-        return {"costs_ms": costs, "acceptance": self._next_right / self._next_seen, "reason": self.reason}
-
     def state(self) -> SpeculationState:
         """Where things stand; may be called from any thread."""
         drafts = self._time("draft")
