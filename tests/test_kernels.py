@@ -19,6 +19,7 @@ from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.models.kv_cache import KVCache
 from engine.models.rope import rotate
 from engine.quantization import get_format
+from engine.quantization.int4 import Int4Linear
 
 FORMATS = ("int4", "int8", "bf16", "fp32")
 # Sizes that leave rests: a vocabulary of 4.5 blocks, and three query heads per KV head.
@@ -75,13 +76,13 @@ def make_decoder(weight_format: str, num_layers: int = 3, **changes: Any) -> Dec
     return Decoder(config, weights, packer.activation_dtype, cpu)
 
 
-def exact_weights(linear: Any) -> Tensor:
-    """float64 ``[N, K]``. torch's int4 kernel rounds its results to bf16, so codes are taken back from them."""
-    rough = linear.dequantize().double()
-    if not hasattr(linear, "scales_and_zeros"):
-        return rough
-    scale, zero = linear.scales_and_zeros.double().repeat_interleave(32, dim=0).permute(2, 1, 0)
-    return ((rough - zero) / scale).round() * scale + zero
+def exact(linear: Any, x: Tensor) -> Tensor:
+    """``x`` times the unpacked weights in float64; int4 rounds its inputs to 8 bits per group of 32 first."""
+    if isinstance(linear, Int4Linear):
+        groups = x.float().unflatten(-1, (-1, 32))
+        step = groups.abs().amax(-1, keepdim=True) / 127
+        x = ((groups / step).round() * step).flatten(-2)
+    return x.double() @ linear.dequantize().double().T
 
 
 def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int]) -> Tensor:
@@ -92,7 +93,7 @@ def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int]) -> T
     group = config.num_heads // config.num_kv_heads
 
     def apply(linear: Any, x: Tensor) -> Tensor:
-        y = x @ exact_weights(linear).T
+        y = exact(linear, x)
         return y if linear.bias is None else y + linear.bias.double()
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def test_equals_plain_arithmetic(weight_format: str, variant: str) -> None:
 
     logits = stepper.logits(out)
     normed = out.double() * torch.rsqrt(out.double().square().mean(-1, keepdim=True) + 1e-5)
-    wanted = (normed * decoder.weights.final_norm) @ exact_weights(decoder.weights.lm_head).T
+    wanted = exact(decoder.weights.lm_head, normed * decoder.weights.final_norm)
     assert logits.shape == (11, 288)
     assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
@@ -226,7 +227,7 @@ def test_matmul_takes_another_head() -> None:
     stepper = make_fused_stepper(decoder, num_threads=2)
     head = get_format("int4").pack(torch.randn(64, 96), None, torch.device("cpu"))
     x = rows_for(decoder, 2)
-    wanted = x.double() @ exact_weights(head).T
+    wanted = exact(head, x)
     assert (stepper.matmul(head, x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 

@@ -15,7 +15,8 @@ from engine.models.decoder import Decoder
 from engine.models.stepper import Stepper
 from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
-from engine.quantization.int4 import GROUP_SIZE, Int4Linear
+from engine.quantization.int4 import Int4Linear
+from engine.quantization.int4_layout import GROUP_SIZE, int4_block
 from engine.quantization.int8 import Int8Linear
 
 if TYPE_CHECKING:
@@ -79,28 +80,6 @@ def make_fused_stepper(decoder: Decoder, num_threads: int | None = None) -> Fuse
     stepper.compile()
     _log.info("fused kernels ready after %.1f s", time.perf_counter() - began)
     return stepper
-
-
-def int4_block() -> int | None:
-    """Outputs per block in this machine's CPU int4 layout, found by packing a known matrix; None if unknown."""
-    if not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
-        return None
-    inputs = GROUP_SIZE
-    for block in (64, 32):
-        outputs = 2 * block + block // 2
-        codes = torch.arange(outputs * inputs).mul(7).remainder(31).remainder(16).view(outputs, inputs).int()
-        try:
-            packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-        except RuntimeError:
-            return None
-        halves = codes[: 2 * block].view(2, 2, block // 2, inputs)
-        full = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2)  # [block, K, bytes]
-        tail = codes[2 * block :]
-        pairs = (tail[::2] | tail[1::2] << 4).T  # a last, narrower block holds neighbouring pairs
-        expected = torch.cat((full.reshape(-1), pairs.reshape(-1))).to(torch.uint8)
-        if packed.dtype == torch.uint8 and torch.equal(packed.reshape(-1), expected):
-            return block
-    return None
 
 
 def _format(linear: Linear) -> str | None:

@@ -8,6 +8,7 @@ bits never depend on how many rows were computed together.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -81,18 +82,33 @@ def widen(builder: Any, address: Any, element: Any, index: Any) -> Any:
 
 def reduce_tree(builder: Any, vector: Any) -> Any:
     """Sum of 16 lanes, halves added to halves."""
-    width = LANES
-    while width > 1:
-        width //= 2
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        low = builder.shuffle_vector(
-            vector, undefined, ir.Constant(ir.VectorType(I32, width), list(range(width)))
+    return _reduce(builder, vector, builder.fadd)
+
+
+def reduce_max(builder: Any, vector: Any) -> Any:
+    """The largest of 16 floats."""
+    return _reduce(builder, vector, lambda low, high: larger(builder, low, high))
+
+
+def larger(builder: Any, a: Any, b: Any) -> Any:
+    """The larger of two floats, lane by lane."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _reduce(builder: Any, vector: Any, join: Callable[[Any, Any], Any]) -> Any:
+    while vector.type.count > 1:
+        half = vector.type.count // 2
+        vector = join(
+            _lanes(builder, vector, None, list(range(half))),
+            _lanes(builder, vector, None, list(range(half, 2 * half))),
         )
-        high = builder.shuffle_vector(
-            vector, undefined, ir.Constant(ir.VectorType(I32, width), list(range(width, 2 * width)))
-        )
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, ir.Constant(I32, 0))
+    return builder.extract_element(vector, I32(0))
+
+
+def _lanes(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    """Lanes of ``a`` and, counted on, of ``b``."""
+    b = ir.Constant(a.type, ir.Undefined) if b is None else b
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
 def prefetch(builder: Any, address: Any) -> None:
@@ -242,21 +258,93 @@ def dot(typingctx: Any, tag: Any, x: Any, y: Any, count: Any) -> Any:
 
 
 @intrinsic
-def mix(typingctx: Any, tag: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any) -> Any:
-    """``out[0:16] = sum_s weights[s] * values[s]`` over ``count`` rows that lie ``stride`` bytes apart."""
+def dots(typingctx: Any, tag: Any, x: Any, rows: Any, stride: Any, count: Any, factor: Any, out: Any) -> Any:
+    """``out[0:4]``: ``factor`` times the :func:`dot` of ``x`` with four rows that lie ``stride`` bytes apart."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, left, base, step, length, scalar, target = args
+        row = [offset(builder, base, builder.mul(step, I64(r))) for r in range(4)]
+        totals = [cgutils.alloca_once(builder, VF32) for _ in row]
+        for total in totals:
+            builder.store(constant(0.0), total)
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            a = widen(builder, left, types.float32, index)
+            for address, total in zip(row, totals, strict=True):
+                b = widen(builder, address, signature.args[0], index)
+                builder.store(fma(builder, a, b, builder.load(total)), total)
+        sums = _reduce_four(builder, [builder.load(total) for total in totals])
+        factors = ir.Constant(sums.type, ir.Undefined)
+        for lane in range(4):
+            factors = builder.insert_element(factors, scalar, I32(lane))
+        store(builder, builder.fmul(sums, factors), target)
+        return context.get_dummy_value()
+
+    kinds = [types.int64] * 4
+    return types.void(tag, *kinds, types.float32, types.int64), codegen
+
+
+def _reduce_four(builder: Any, vectors: list[Any]) -> Any:
+    """The four sums of 16 lanes, each added up in the order of :func:`reduce_tree`."""
+
+    def halve(a: Any, b: Any, chunks: list[int], size: int) -> Any:
+        low = [lane for chunk in chunks for lane in range(chunk, chunk + size)]
+        return builder.fadd(_lanes(builder, a, b, low), _lanes(builder, a, b, [lane + size for lane in low]))
+
+    pairs = [halve(a, b, [0, 16], 8) for a, b in (vectors[:2], vectors[2:])]
+    pairs = [halve(pair, None, [0, 8], 4) for pair in pairs]
+    four = halve(*pairs, [0, 4, 8, 12], 2)
+    return halve(four, None, [0, 2, 4, 6], 1)
+
+
+@intrinsic
+def top(typingctx: Any, x: Any, count: Any) -> Any:
+    """The largest of ``count`` floats, a multiple of 16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, length = args
+        best = cgutils.alloca_once(builder, VF32)
+        builder.store(load(builder, base, VF32), best)
+        with cgutils.for_range_slice(builder, I64(LANES), length, I64(LANES), I64) as (index, _):
+            value = widen(builder, base, types.float32, index)
+            builder.store(larger(builder, builder.load(best), value), best)
+        return reduce_max(builder, builder.load(best))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def mix(typingctx: Any, tag: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any) -> Any:
+    """``out[0:32] = sum_s weights[s] * values[s]`` over ``count`` rows that lie ``stride`` bytes apart."""
+    return _mix_signature(tag), _mix(2)
+
+
+@intrinsic
+def mix_narrow(typingctx: Any, tag: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any) -> Any:
+    """As :func:`mix`, 16 outputs."""
+    return _mix_signature(tag), _mix(1)
+
+
+def _mix_signature(tag: Any) -> Any:
+    return types.void(tag, *[types.int64] * 5)
+
+
+def _mix(vectors: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _, w, base, step, length, target = args
-        total = cgutils.alloca_once_value(builder, constant(0.0))
+        totals = [cgutils.alloca_once(builder, VF32) for _ in range(vectors)]
+        for total in totals:
+            builder.store(constant(0.0), total)
         with cgutils.for_range(builder, length, intp=I64) as loop:
             weight = splat(builder, load(builder, offset(builder, w, builder.mul(loop.index, I64(4))), F32))
             row = offset(builder, base, builder.mul(loop.index, step))
-            value = widen(builder, row, signature.args[0], I64(0))
-            builder.store(fma(builder, weight, value, builder.load(total)), total)
-        store(builder, builder.load(total), target)
+            for v, total in enumerate(totals):
+                value = widen(builder, row, signature.args[0], I64(LANES * v))
+                builder.store(fma(builder, weight, value, builder.load(total)), total)
+        for v, total in enumerate(totals):
+            store(builder, builder.load(total), offset(builder, target, 4 * LANES * v))
         return context.get_dummy_value()
 
-    return types.void(tag, types.int64, types.int64, types.int64, types.int64, types.int64), codegen
+    return codegen
 
 
 @intrinsic

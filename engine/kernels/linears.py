@@ -22,9 +22,10 @@ class LinearTable:
     """
 
     def __init__(self, int4_block: int) -> None:
+        self._int4_block = int4_block
         self.int4_tag: Any = np.uint8(0) if int4_block == 64 else np.int32(0)
         self._kept: list[Tensor] = []
-        self._linears: dict[int, tuple[Linear, np.ndarray]] = {}
+        self._linears: dict[tuple[int, int], tuple[Linear, np.ndarray]] = {}
 
     def tag(self, linear: Linear) -> Any:
         """The numpy scalar whose type chooses the compiled code for ``linear``."""
@@ -45,10 +46,11 @@ class LinearTable:
 
     def describe(self, linear: Linear, parts: int = 1) -> np.ndarray:
         """The descriptor of ``linear``, its inputs split into ``parts``."""
-        known = self._linears.get(id(linear))
+        known = self._linears.get((id(linear), parts))
         if known is not None:
             return known[1]
         if isinstance(linear, Int4Linear):
+            linear.interleave(self._int4_block)
             weight, scales = linear.packed, linear.scales_and_zeros.data_ptr()
         elif isinstance(linear, Int8Linear):
             weight, scales = linear.weight, self.vector(linear.scales)
@@ -58,5 +60,5 @@ class LinearTable:
         bias = self.vector(linear.bias)
         fields = [weight.data_ptr(), scales, bias, linear.out_features, linear.in_features, parts]
         described = np.array(fields, np.int64)
-        self._linears[id(linear)] = (linear, described)  # the reference keeps the id and the memory
+        self._linears[id(linear), parts] = (linear, described)  # the reference keeps the id and the memory
         return described

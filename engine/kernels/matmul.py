@@ -16,13 +16,14 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from engine.kernels import int4_tiles as int4
 from engine.kernels import tiles
 from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
 
 LINEAR_FIELDS = 6
 WEIGHT, SCALES, BIAS, OUTPUTS, INPUTS, PARTS = range(LINEAR_FIELDS)
 ROW_MAJOR_BLOCK = 32
-_GROUP = tiles.GROUP
+_GROUP, _GROUP_BYTES = int4.GROUP, int4.GROUP_BYTES
 _BF16 = np.uint16(0)
 
 _d1, _d2, _d3, _d4, _single = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4, tiles.dot_single
@@ -33,10 +34,16 @@ def block_width(tag: Any) -> int:
     raise NotImplementedError
 
 
+def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
+    """Where :func:`multiply_block` finds its inputs: for int4 the float rows ``x [rows, count]`` are rounded to
+    int8 into ``rounded`` and ``extras``; else ``x`` itself (numba functions only)."""
+    raise NotImplementedError
+
+
 def multiply_block(
-    tag: Any, linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
+    tag: Any, linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
 ) -> None:
-    """Outputs ``output .. output + block`` of ``rows`` rows of ``x`` (numba functions only).
+    """Outputs ``output .. output + block`` of ``rows`` prepared rows ``x`` (numba functions only).
 
     ``out`` is where the block's first row goes; rows lie ``out_step`` floats apart. The bias is added
     by part 0.
@@ -56,7 +63,7 @@ def _block_width(tag: Any) -> Any:
 
 @njit(nogil=True, error_model="numpy")
 def _int4_tail(
-    linear: int, output: int, first: int, last: int, x: int, sums: int, out: int, out_step: int, rows: int
+    linear: int, output: int, first: int, last: int, x: int, extras: int, out: int, out_step: int, rows: int
 ) -> None:
     """The last outputs of a matrix, fewer than a block: torch packs them as neighbouring pairs."""
     packed, scales = get_i64(linear), get_i64(linear + 8 * SCALES)
@@ -67,16 +74,15 @@ def _int4_tail(
         for j in range(width):
             total = np.float32(0.0)
             for group in range(first, last):
-                part = np.float32(0.0)
+                extra = extras + _GROUP_BYTES * (row * (k // _GROUP) + group)
+                products = 0
                 for i in range(group * _GROUP, (group + 1) * _GROUP):
-                    byte = get_i8(base + (i * width + j) // 2)
-                    code = (byte >> (4 * (j & 1))) & 15
-                    part += get_f32(x + 4 * (row * k + i)) * np.float32(code)
+                    code = (get_i8(base + (i * width + j) // 2) >> (4 * (j & 1))) & 15
+                    rounded = get_i8(x + 2 * row * k + 4 * (i // 2) + i % 2)
+                    products += (code - 8) * (rounded - 256 * (rounded >> 7))
                 pair = scales + 4 * (group * n + output + j)
                 scale, zero = get_wide(_BF16, pair), get_wide(_BF16, pair + 2)
-                total += scale * part + (zero - np.float32(8.0) * scale) * get_f32(
-                    sums + 4 * (row * (k // _GROUP) + group)
-                )
+                total += get_f32(extra) * (scale * np.float32(products) + zero * get_f32(extra + 4))
             put_f32(out + 4 * (row * out_step + j), total)
 
 
@@ -90,43 +96,43 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
                 put_f32(at, get_f32(at) + get_f32(bias + 4 * (output + j)))
 
 
-def _int4_block(width: int, most: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) -> Any:
-    """The function for one block of ``width`` outputs, made of tiles of one to ``most`` (2 or 4) rows."""
+def _int4_block(width: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) -> Any:
+    """The function for one block of ``width`` outputs, made of tiles of one to four rows."""
 
     @njit(nogil=True, error_model="numpy")
     def block(
-        linear: int, output: int, part: int, x: int, sums: int, out: int, out_step: int, rows: int
+        linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
     ) -> None:
         n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
         groups, parts = k // _GROUP, get_i64(linear + 8 * PARTS)
         first, last = part * groups // parts, (part + 1) * groups // parts
         if n - output < width:
-            _int4_tail(linear, output, first, last, x, sums, out, out_step, rows)
+            _int4_tail(linear, output, first, last, x, extras, out, out_step, rows)
         else:
             codes = get_i64(linear) + output * k // 2 + first * (_GROUP * width // 2)
             pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
-            count = last - first
-            for row in range(0, rows, most):
-                a = x + 4 * (row * k + first * _GROUP)
-                s = sums + 4 * (row * groups + first)
+            count, step = last - first, _GROUP_BYTES * groups
+            for row in range(0, rows, 4):
+                a = x + 2 * (row * k + first * _GROUP)
+                e = extras + row * step + first * _GROUP_BYTES
                 o = out + 4 * row * out_step
-                left = min(most, rows - row)
-                if left == 4:
-                    tile_4(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                left = rows - row
+                if left >= 4:
+                    tile_4(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
                 elif left == 3:
-                    tile_3(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                    tile_3(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
                 elif left == 2:
-                    tile_2(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                    tile_2(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
                 else:
-                    tile_1(codes, pairs, 4 * n, count, a, k, s, groups, o, out_step)
+                    tile_1(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
         if part == 0:
             _add_bias(linear, output, min(width, n - output), out, out_step, rows)
 
     return block
 
 
-_int4_64_block = _int4_block(64, 4, tiles.int4_64_1, tiles.int4_64_2, tiles.int4_64_3, tiles.int4_64_4)
-_int4_32_block = _int4_block(32, 2, tiles.int4_32_1, tiles.int4_32_2, tiles.int4_32_2, tiles.int4_32_2)
+_int4_64_block = _int4_block(64, int4.int4_64_1, int4.int4_64_2, int4.int4_64_3, int4.int4_64_4)
+_int4_32_block = _int4_block(32, int4.int4_32_1, int4.int4_32_2, int4.int4_32_3, int4.int4_32_4)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -177,9 +183,28 @@ def _row_major_block(
         _add_bias(linear, output, width, out, out_step, rows)
 
 
+@overload(prepare_rows)
+def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
+    if tag not in (types.uint8, types.int32):
+
+        def same(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
+            return x
+
+        return same
+
+    def prepare(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
+        groups = count // _GROUP
+        for row in range(rows):
+            own = extras + _GROUP_BYTES * row * groups
+            int4.round_groups(x + 4 * row * count, rounded + 2 * row * count, own, groups)
+        return rounded
+
+    return prepare
+
+
 @overload(multiply_block)
 def _multiply_block(
-    tag: Any, linear: Any, output: Any, part: Any, x: Any, sums: Any, out: Any, out_step: Any, rows: Any
+    tag: Any, linear: Any, output: Any, part: Any, x: Any, extras: Any, out: Any, out_step: Any, rows: Any
 ) -> Any:
     if tag in (types.uint8, types.int32):
         block = _int4_64_block if tag == types.uint8 else _int4_32_block
@@ -190,18 +215,18 @@ def _multiply_block(
             output: Any,
             part: Any,
             x: Any,
-            sums: Any,
+            extras: Any,
             out: Any,
             out_step: Any,
             rows: Any,
         ) -> None:
-            block(linear, output, part, x, sums, out, out_step, rows)
+            block(linear, output, part, x, extras, out, out_step, rows)
 
         return multiply
     size = {types.int8: 1, types.uint16: 2, types.float32: 4}[tag]
 
     def multiply_rows(
-        tag: Any, linear: Any, output: Any, part: Any, x: Any, sums: Any, out: Any, out_step: Any, rows: Any
+        tag: Any, linear: Any, output: Any, part: Any, x: Any, extras: Any, out: Any, out_step: Any, rows: Any
     ) -> None:
         _row_major_block(tag, size, linear, output, part, x, out, out_step, rows)
 

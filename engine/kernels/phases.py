@@ -43,12 +43,13 @@ from engine.kernels.control import (
     O_ADAPTER,
     O_PROJ,
     OUT,
+    OWN_EXTRAS,
     OWN_H,
     OWN_KV,
     OWN_LOW,
     OWN_RAISED,
+    OWN_ROUNDED,
     OWN_SCORES,
-    OWN_SUMS,
     OWN_X,
     PARTS_BUFFER,
     POSITIONS,
@@ -64,7 +65,7 @@ from engine.kernels.control import (
     finish,
     take,
 )  # fmt: skip
-from engine.kernels.intrinsics import dot, get_f32, get_i64, mix, put_f32, put_rounded
+from engine.kernels.intrinsics import dot, dots, get_f32, get_i64, mix, mix_narrow, put_f32, put_rounded, top
 from engine.kernels.matmul import (
     INPUTS,
     LINEAR_FIELDS,
@@ -73,25 +74,20 @@ from engine.kernels.matmul import (
     ROW_MAJOR_BLOCK,
     block_width,
     multiply_block,
+    prepare_rows,
 )
-from engine.kernels.rows import add_parts, copy_row, exp_row, group_sums, norm_row, rotate_row, silu_times
+from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row, rotate_row, silu_times
 
 ADAPTER_TAG = np.int8(0)  # adapters and maps are int8, whatever the model's own format
 _MINUS_INFINITY = np.float32(-np.inf)
 
 
 @njit(nogil=True, error_model="numpy")
-def _sums(x: int, sums: int, rows: int, count: int) -> None:
-    for row in range(rows):
-        group_sums(x + 4 * row * count, sums + 4 * row * (count // 32), count // 32)
-
-
-@njit(nogil=True, error_model="numpy")
 def matmul_phase(tag: Any, control: int, own: int, linear: int, x: int, rows: int, out: int) -> None:
     """All outputs of one linear into ``out [parts, rows, N]``."""
     outputs, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * PARTS)
-    sums = get_i64(own + 8 * OWN_SUMS)
-    _sums(x, sums, rows, get_i64(linear + 8 * INPUTS))
+    rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
+    x = prepare_rows(tag, x, rows, get_i64(linear + 8 * INPUTS), rounded, extras)
     width = block_width(tag)
     blocks = (outputs + width - 1) // width
     tasks = blocks * parts
@@ -100,7 +96,7 @@ def matmul_phase(tag: Any, control: int, own: int, linear: int, x: int, rows: in
         block, part = task // parts, task % parts
         output = block * width
         target = out + 4 * (part * rows * outputs + output)
-        multiply_block(tag, linear, output, part, x, sums, target, outputs, rows)
+        multiply_block(tag, linear, output, part, x, extras, target, outputs, rows)
         task = take(control, own)
     finish(control, own, tasks)
 
@@ -129,10 +125,11 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
     """SiLU(gate) * up into ``act [rows, F]``; each task computes the same block of both."""
     rows = get_i64(control + 8 * ROWS)
     inputs, size = get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * OUTPUTS) // 2
-    sums, raw = get_i64(own + 8 * OWN_SUMS), get_i64(control + 8 * GATE_UP)
-    _sums(x, sums, rows, inputs)
+    rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
+    raw = get_i64(control + 8 * GATE_UP)
     if adapter != 0:
         _lower(own, adapter, x + 4 * inputs)
+    x = prepare_rows(tag, x, rows, inputs, rounded, extras)
     width = block_width(tag)
     tasks = (size + width - 1) // width
     task = take(control, own)
@@ -141,7 +138,7 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
         count = min(width, size - output)
         for half in range(2):
             column = half * size + output
-            multiply_block(tag, linear, column, 0, x, sums, raw + 4 * column, 2 * size, rows)
+            multiply_block(tag, linear, column, 0, x, extras, raw + 4 * column, 2 * size, rows)
             if adapter != 0:
                 _add_raised(own, adapter, column, count, raw + 4 * (2 * size + column))
         for row in range(rows):
@@ -248,19 +245,22 @@ def _attend(
     slot = ((head // (heads // kv_heads)) * capacity + begin) * size * kv_size
     keys, values = get_i64(layer + 8 * KEYS) + slot, get_i64(layer + 8 * VALUES) + slot
     scale = np.float32(1.0) / np.sqrt(np.float32(size))
-    top = _MINUS_INFINITY
-    for i in range(count):
-        score = dot(kv, query, keys + i * size * kv_size, size) * scale
-        put_f32(scores + 4 * i, score)
-        top = max(top, score)
+    step, fours = size * kv_size, count // 4 * 4
+    for i in range(0, fours, 4):
+        dots(kv, query, keys + i * step, step, size, scale, scores + 4 * i)
+    for i in range(fours, count):
+        put_f32(scores + 4 * i, dot(kv, query, keys + i * step, size) * scale)
     padded = (count + 15) // 16 * 16
     for i in range(count, padded):
         put_f32(scores + 4 * i, _MINUS_INFINITY)
     # exp clamps at -87: a padding lane weighs 1e-38, which no sum of a top score's 1 can notice
-    share = np.float32(1.0) / exp_row(scores, top, padded)
+    share = np.float32(1.0) / exp_row(scores, top(scores, padded), padded)
     out = get_i64(control + 8 * MIXED) + 4 * (row * heads + head) * size
-    for i in range(0, size, 16):
-        mix(kv, scores, values + i * kv_size, size * kv_size, count, out + 4 * i)
+    pairs = size // 32 * 32
+    for i in range(0, pairs, 32):
+        mix(kv, scores, values + i * kv_size, step, count, out + 4 * i)
+    if pairs < size:
+        mix_narrow(kv, scores, values + pairs * kv_size, step, count, out + 4 * pairs)
     for i in range(size):
         put_f32(out + 4 * i, get_f32(out + 4 * i) * share)
 

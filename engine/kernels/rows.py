@@ -107,21 +107,6 @@ def scale_row(typingctx: Any, out: Any, x: Any, weight: Any, factor: Any, count:
 
 
 @intrinsic
-def group_sums(typingctx: Any, x: Any, sums: Any, groups: Any) -> Any:
-    """``sums[g]``: the sum of the 32 values of group ``g`` of ``x``."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base, target, length = args
-        with cgutils.for_range(builder, length, intp=I64) as loop:
-            at = offset(builder, base, builder.mul(loop.index, I64(8 * LANES)))
-            pair = builder.fadd(load(builder, at, VF32), load(builder, offset(builder, at, 4 * LANES), VF32))
-            store(builder, reduce_tree(builder, pair), _at(builder, target, loop.index))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), codegen
-
-
-@intrinsic
 def silu_times(typingctx: Any, out: Any, gate: Any, up: Any, count: Any) -> Any:
     """``out = silu(gate) * up``."""
 

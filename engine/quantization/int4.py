@@ -7,19 +7,27 @@ and output, so GGUF's Q4_0, Q4_1 and Q4_K map onto it code by code: ``w = d * q 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.quantization.base import GroupQuantized, Linear, check_shape
+from engine.quantization.int4_layout import GROUP_SIZE, deinterleave, int4_block, interleave, unpack
 
-GROUP_SIZE = 32
 # Large matrices are packed piece by piece, so that the peak stays near the packed size. The packed layout
 # interleaves blocks of up to 64 rows, so pieces of 1024 rows join to the same bytes.
 _ROWS_AT_ONCE = 1024
 _INPUTS_AT_ONCE = 64
 _OUTPUTS = 16  # torch packs as many at once
+
+
+class Int4Kernel(Protocol):
+    """What multiplies in torch's stead."""
+
+    def matmul(self, linear: Linear, x: Tensor) -> Tensor:
+        """``x [T, K] -> [T, N]`` float32, bias added."""
 
 
 class Int4Linear(Linear):
@@ -40,13 +48,18 @@ class Int4Linear(Linear):
         self.in_features = in_features
         self.out_features = out_features
         self.bias = bias
+        self._interleaved = 0  # outputs per block, once the codes are interleaved
+        self._kernel: weakref.ref[Int4Kernel] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        multiply = (
-            torch._weight_int4pack_mm_for_cpu if rows.device.type == "cpu" else torch._weight_int4pack_mm
-        )
-        out = multiply(rows, self.packed, GROUP_SIZE, self.scales_and_zeros)
+        kernel = None if self._kernel is None else self._kernel()
+        if kernel is not None:
+            return kernel.matmul(self, rows).to(x.dtype).view(*x.shape[:-1], self.out_features)
+        if rows.device.type == "cpu":
+            out = torch._weight_int4pack_mm_for_cpu(rows, self._packed(), GROUP_SIZE, self.scales_and_zeros)
+        else:
+            out = torch._weight_int4pack_mm(rows, self.packed, GROUP_SIZE, self.scales_and_zeros)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
@@ -55,34 +68,54 @@ class Int4Linear(Linear):
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales_and_zeros.nbytes
 
+    def interleave(self, block: int) -> None:
+        """Put the codes into the order of our own kernels, in place. Torch's then work on a copy."""
+        if not self._interleaved:
+            interleave(self.packed, self.in_features, block)
+            self._interleaved = block
+
+    def use(self, kernel: Int4Kernel) -> None:
+        """Let ``kernel`` do the products as long as it lives."""
+        self._kernel = weakref.ref(kernel)
+
     def dequantize(self) -> Tensor:
-        weight = torch.empty(self.out_features, self.in_features, device=self.packed.device)
-        for strip, product in self._strips():
-            weight[:, strip] = product.T
-        return weight
+        return self._groups().dequantize()
 
     def rows(self, outputs: Tensor) -> GroupQuantized:
         """The rows that ``outputs`` names, with their own codes, scales and zeros."""
-        scale, zero = self.scales_and_zeros.float()[:, outputs].permute(2, 1, 0)  # each [rows, K / 32]
-        codes = torch.empty(len(outputs), self.in_features, dtype=torch.uint8, device=self.packed.device)
-        for strip, product in self._strips():
-            groups = product[:, outputs].T.float().unflatten(1, (-1, GROUP_SIZE))
-            own = slice(strip.start // GROUP_SIZE, strip.stop // GROUP_SIZE)
-            exact = (groups - zero[:, own, None]) / scale[:, own, None] + 8
-            codes[:, strip] = exact.round().clamp(0, 15).to(torch.uint8).flatten(1)
-        return GroupQuantized(codes, scale, zero - 8 * scale)
+        groups = self._groups()
+        return GroupQuantized(groups.codes[outputs], groups.scale[outputs], groups.minimum[outputs])
 
-    def _strips(self) -> Iterator[tuple[slice, Tensor]]:
-        """Ranges of inputs with their weights ``bf16 [inputs, N]``. Multiplying the identity by the matrix
-        reads it in whatever order it is packed; at once it would take several times the memory."""
+    def _groups(self) -> GroupQuantized:
+        scale, zero = self.scales_and_zeros.float().permute(2, 1, 0)  # each [N, K / 32]
+        return GroupQuantized(self._codes(scale, zero), scale, zero - 8 * scale)
+
+    def _codes(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """``uint8 [N, K]``."""
+        block = int4_block() if self.packed.device.type == "cpu" else None
+        if block is not None:
+            return unpack(self._packed(), self.in_features, block)
+        # Multiplying the identity by the matrix reads it in whatever order it is packed. At once it would take
+        # several times the memory.
         identity = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
+        codes = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=self.packed.device)
         bias, self.bias = self.bias, None
         try:
             for begin in range(0, self.in_features, _INPUTS_AT_ONCE):
                 strip = slice(begin, min(begin + _INPUTS_AT_ONCE, self.in_features))
-                yield strip, self(identity[strip])
+                groups = self(identity[strip]).T.float().unflatten(1, (-1, GROUP_SIZE))
+                own = slice(strip.start // GROUP_SIZE, strip.stop // GROUP_SIZE)
+                exact = (groups - zero[:, own, None]) / scale[:, own, None] + 8
+                codes[:, strip] = exact.round().clamp(0, 15).to(torch.uint8).flatten(1)
         finally:
             self.bias = bias
+        return codes
+
+    def _packed(self) -> Tensor:
+        """``packed`` in torch's own order."""
+        if not self._interleaved:
+            return self.packed
+        return deinterleave(self.packed, self.in_features, self._interleaved)
 
 
 def quantize_groups(weight: Tensor) -> GroupQuantized:
