@@ -66,7 +66,7 @@ class DecoderBackend:
         return self.decoder.new_cache(capacity)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
-        self.decoder.prefill(ids, cache)
+        self.stepper.prefill(ids, cache)
 
     def close(self) -> None:
         self.factories.clear()

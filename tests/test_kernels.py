@@ -198,6 +198,22 @@ def test_any_number_of_threads_gives_the_same_bits(weight_format: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_prompt_is_read_as_if_it_were_decoded(weight_format: str) -> None:
+    """Keys and values of a prefill are those of single steps, bit for bit."""
+    decoder = make_decoder(weight_format, **PLAIN)
+    stepper = make_fused_stepper(decoder, num_threads=2)
+    ids = [(7 * i) % decoder.config.vocab_size for i in range(stepper.max_rows + 9)]
+    at_once, stepwise = decoder.new_cache(128), decoder.new_cache(128)
+    stepper.prefill(ids[:3], at_once)
+    stepper.prefill(ids[3:], at_once)
+    for position, token in enumerate(ids):
+        stepper.run_layers(stepper.embed([token]), stepwise, position, 0, 3)
+    assert at_once.length == len(ids)
+    for one, other in zip((*at_once.keys, *at_once.values), (*stepwise.keys, *stepwise.values), strict=True):
+        assert torch.equal(one[:, :, : len(ids)], other[:, :, : len(ids)])
+
+
 def test_a_row_that_only_reads_leaves_the_cache_alone() -> None:
     decoder = make_decoder("int4", **PLAIN)
     stepper = make_fused_stepper(decoder, num_threads=2)

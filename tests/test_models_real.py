@@ -172,7 +172,7 @@ def test_int4_text_is_verified_as_it_was_decoded(packed: Decoder, tokenizer: Tok
     for _ in range(48):
         method.step(1)
     plain = [keys[:, :, : cache.length].clone() for keys in (*cache.keys, *cache.values)]
-    for size in range(2, stepper.max_rows + 1):
+    for size in (*range(2, 18), stepper.max_rows):
         cache.length = at = len(prompt) - 1
         while at < len(sequence.ids) - 1:
             rows = sequence.ids[at : min(at + size, len(sequence.ids) - 1)]

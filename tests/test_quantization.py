@@ -20,6 +20,7 @@ from engine.models.loader import load_decoder
 from engine.models.stepper import TorchStepper
 from engine.quantization import WEIGHT_FORMATS, GroupQuantized, get_format
 from engine.quantization.int4 import quantize_groups
+from engine.quantization.int4_layout import deinterleave, int4_block, interleave
 from engine.requests import GenerationRequest
 from tests import tiny
 
@@ -149,7 +150,31 @@ def test_single_rows_come_out_with_their_own_codes(columns: int) -> None:
     keep = torch.randperm(96)[:64]
     again = get_format("int4").pack(weight.rows(keep), None, CPU)
     assert torch.equal(again.dequantize(), weight.dequantize()[keep])
-    assert torch.equal(again(torch.eye(columns).bfloat16()).float().T, again.dequantize())
+    assert torch.equal(again(torch.eye(columns).bfloat16()).T, again.dequantize().bfloat16())
+
+
+@pytest.mark.parametrize("block", [32, 64])
+@pytest.mark.parametrize("outputs", [32, 64, 272])
+def test_interleaved_codes_are_the_same_codes(block: int, outputs: int) -> None:
+    """In either of torch's layouts, whole blocks and a narrower last one."""
+    packed = torch.randint(0, 256, (outputs, 48), dtype=torch.uint8)
+    moved = packed.clone()
+    interleave(moved, 96, block)
+    assert torch.equal(deinterleave(moved, 96, block), packed)
+    whole = outputs // block * block
+    assert torch.equal(moved[whole:], packed[whole:]) and (whole == 0 or not torch.equal(moved, packed))
+
+
+def test_interleaved_weights_give_the_same_products() -> None:
+    block = int4_block()
+    assert block is not None
+    linear = get_format("int4").pack(random(272, 128), random(272), CPU)
+    x, keep = random(5, 128, seed=3).bfloat16(), torch.tensor([3, 200, 271])
+    before = linear(x), linear.dequantize(), linear.rows(keep).codes
+    for _ in range(2):
+        linear.interleave(block)
+    after = linear(x), linear.dequantize(), linear.rows(keep).codes
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
 def test_codes_go_in_as_they_are() -> None:
@@ -161,7 +186,7 @@ def test_codes_go_in_as_they_are() -> None:
     groups = GroupQuantized(codes, scale, -8 * scale)  # zero is 0, and code times scale fits bf16's 8 bits
     held = get_format("int4").pack(groups, None, CPU).dequantize()
     wanted = (codes.float() - 8) * scale.repeat_interleave(32, dim=1)
-    assert torch.equal(held, wanted.bfloat16().float())
+    assert torch.equal(held, wanted)
 
 
 def test_other_formats_take_groups_too(name: str) -> None:

@@ -46,7 +46,9 @@ MAX_TILE_ROWS = 4
 _SCALE_AHEAD = 4  # groups by which scales are prefetched: their lines are far apart
 _CODES_AHEAD, _CACHE_LINE = 1024, 64  # bytes
 _BYTES, _WORDS = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
-_TWICE = ir.VectorType(I32, LANES // 2)  # pairs of inputs, each stored twice: the load that spreads 4 bytes is free
+_TWICE = ir.VectorType(
+    I32, LANES // 2
+)  # pairs of inputs, each stored twice: the load that spreads 4 bytes is free
 _ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even
 
 
@@ -74,7 +76,9 @@ def _pair_products(builder: Any, unsigned: Any, signed: Any) -> Any:
 def _splat(builder: Any, scalar: Any, kind: Any = _WORDS) -> Any:
     undefined = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(undefined, scalar, I32(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count))
+    return builder.shuffle_vector(
+        first, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
+    )
 
 
 def _int4_tile(rows: int, block: int) -> Any:
@@ -100,8 +104,12 @@ def _int4_tile(rows: int, block: int) -> Any:
                 ahead = offset(builder, group_pairs, builder.mul(pair_step, I64(_SCALE_AHEAD)))
                 for v in range(vectors):
                     prefetch(builder, offset(builder, ahead, 4 * LANES * v))
-                own = [offset(builder, row_extra[r], builder.mul(group, I64(GROUP_BYTES))) for r in range(rows)]
-                start = [builder.trunc(load(builder, offset(builder, own[r], 8), I32), I16) for r in range(rows)]
+                own = [
+                    offset(builder, row_extra[r], builder.mul(group, I64(GROUP_BYTES))) for r in range(rows)
+                ]
+                start = [
+                    builder.trunc(load(builder, offset(builder, own[r], 8), I32), I16) for r in range(rows)
+                ]
                 base = offset(builder, codes, builder.mul(group, I64(GROUP * block // 2)))
                 for line in range(0, GROUP * block // 2, _CACHE_LINE):
                     prefetch(builder, offset(builder, base, _CODES_AHEAD + line))

@@ -286,14 +286,14 @@ def dots(typingctx: Any, tag: Any, x: Any, rows: Any, stride: Any, count: Any, f
 def _reduce_four(builder: Any, vectors: list[Any]) -> Any:
     """The four sums of 16 lanes, each added up in the order of :func:`reduce_tree`."""
 
-    def halve(a: Any, b: Any, chunks: list[int], size: int) -> Any:
+    def halve(a: Any, b: Any, chunks: tuple[int, ...], size: int) -> Any:
         low = [lane for chunk in chunks for lane in range(chunk, chunk + size)]
         return builder.fadd(_lanes(builder, a, b, low), _lanes(builder, a, b, [lane + size for lane in low]))
 
-    pairs = [halve(a, b, [0, 16], 8) for a, b in (vectors[:2], vectors[2:])]
-    pairs = [halve(pair, None, [0, 8], 4) for pair in pairs]
-    four = halve(*pairs, [0, 4, 8, 12], 2)
-    return halve(four, None, [0, 2, 4, 6], 1)
+    left, right = (halve(a, b, (0, 16), 8) for a, b in (vectors[:2], vectors[2:]))
+    left, right = (halve(pair, None, (0, 8), 4) for pair in (left, right))
+    four = halve(left, right, (0, 4, 8, 12), 2)
+    return halve(four, None, (0, 2, 4, 6), 1)
 
 
 @intrinsic

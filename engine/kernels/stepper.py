@@ -17,8 +17,7 @@ from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import GROUP_SIZE, Int4Linear
 
-MAX_ROWS = 16
-_PREFILL_ROWS = 64  # that a matmul of a prefill takes at once
+MAX_ROWS = 64  # a prefill takes as many at once
 _MIN_TASKS = 24  # split a matmul's inputs until there are about this many tasks
 _MIN_PART = 256  # but not below this many inputs
 
@@ -53,9 +52,6 @@ class FusedStepper:
         self._rope_seen = -1
         self._score_slots = 0
         self._allocate()
-        for linear in self._linears():
-            if isinstance(linear, Int4Linear):
-                linear.use(self)  # prefill, on torch's loop, does the same arithmetic as steps
 
     def compile(self) -> None:
         """Compile what a step needs, or load it from the disk cache."""
@@ -104,8 +100,14 @@ class FusedStepper:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: ``[T, D] -> [T, V]`` float32."""
-        self._check_rows(hidden)
         return self._multiply(self.decoder.weights.lm_head, hidden, self.final_norm)
+
+    def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
+        cache.ensure(cache.length + len(ids))
+        for begin in range(0, len(ids), MAX_ROWS):
+            rows = self.embed(ids[begin : begin + MAX_ROWS])
+            self.run_layers(rows, cache, cache.length, 0, self.decoder.config.num_layers)
+            cache.length += len(rows)
 
     def use_positions(self, positions: Sequence[int], writes: Sequence[bool]) -> None:
         """Where the rows of the next command lie, and which of them write their keys and values."""
@@ -113,15 +115,15 @@ class FusedStepper:
         self._writes[: len(writes)] = writes
 
     def matmul(self, linear: Linear, x: Tensor) -> Tensor:
-        """``x [T, K] -> [T, N]`` float32 for any ``T`` and any linear of this decoder's weight format."""
-        return torch.cat([self._multiply(linear, rows, 0) for rows in x.split(_PREFILL_ROWS)])
+        """``x [T, K] -> [T, N]`` float32, for any linear of this decoder's weight format, such as a cut head."""
+        return self._multiply(linear, x, 0)
 
     def close(self) -> None:
         """Stop the worker threads; a later call starts them again."""
         self.team.close()
 
     def _multiply(self, linear: Linear, x: Tensor, norm: int) -> Tensor:
-        rows = x.shape[0]
+        rows = self._check_rows(x)
         x = x.detach().to(torch.float32).contiguous()
         if self.table.tag(linear).dtype != self._tag.dtype:
             raise ValueError("a fused stepper runs linears of one weight format")
@@ -151,10 +153,6 @@ class FusedStepper:
         blocks = -(-linear.out_features // width)
         return max(1, min(-(-_MIN_TASKS // blocks), linear.in_features // _MIN_PART))
 
-    def _linears(self) -> list[Linear]:
-        layers = self.decoder.layers
-        return [m for layer in layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-
     def _describe_layer(self, index: int, layer: LayerWeights) -> None:
         record = self._layers[index]
         record[control.ATTN_NORM] = self.table.vector(layer.attn_norm)
@@ -173,7 +171,8 @@ class FusedStepper:
 
     def _allocate(self) -> None:
         """Buffers for MAX_ROWS rows, and the control block's constant fields."""
-        config, layers, linears = self.decoder.config, self.decoder.layers, self._linears()
+        config, layers = self.decoder.config, self.decoder.layers
+        linears = [m for layer in layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         self._max_inputs = max(m.in_features for m in linears)
         splits = max(self._parts(m) for m in linears)
         wide = max(layer.qkv.out_features for layer in layers)
@@ -200,15 +199,15 @@ class FusedStepper:
             fields[own + control.OWN_H] = self.buffer(config.hidden_size)
             fields[own + control.OWN_X] = self.buffer(self._max_inputs)
             # of int4's inputs: two bytes each, and four floats for 32 of them
-            fields[own + control.OWN_ROUNDED] = self.buffer(self._max_inputs // 2, _PREFILL_ROWS)
-            fields[own + control.OWN_EXTRAS] = self.buffer(-(-self._max_inputs // 32) * 4, _PREFILL_ROWS)
+            fields[own + control.OWN_ROUNDED] = self.buffer(self._max_inputs // 2)
+            fields[own + control.OWN_EXTRAS] = self.buffer(-(-self._max_inputs // 32) * 4)
             fields[own + control.OWN_KV] = self.buffer(config.head_dim)
         for field, value in fields.items():
             self.team.control[field] = value
 
-    def buffer(self, floats_per_row: int, rows: int = MAX_ROWS) -> int:
-        """Address of a zeroed, aligned buffer of that many floats for each row, kept alive."""
-        buffer = np.zeros(rows * floats_per_row + 32, np.float32)
+    def buffer(self, floats_per_row: int) -> int:
+        """Address of a zeroed, aligned buffer of that many floats for each of MAX_ROWS rows, kept alive."""
+        buffer = np.zeros(MAX_ROWS * floats_per_row + 32, np.float32)
         self._buffers.append(buffer)
         return -(-buffer.ctypes.data // 64) * 64
 

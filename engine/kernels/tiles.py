@@ -11,25 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.intrinsics import (
-    F32,
-    I8,
     I64,
     LANES,
-    VF32,
-    VI32,
     constant,
     fma,
-    load,
     offset,
-    prefetch,
     reduce_tree,
-    splat,
     store,
     widen,
 )  # fmt: skip

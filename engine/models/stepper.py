@@ -32,6 +32,9 @@ class Stepper(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, D] -> [T, V]`` float32."""
 
+    def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
+        """Append ``ids`` to the cache."""
+
 
 class TorchStepper:
     """The reference stepper, on the decoder's own torch loop."""
@@ -52,6 +55,9 @@ class TorchStepper:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
+
+    def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
+        self.decoder.prefill(ids, cache)
 
 
 def make_stepper(decoder: Decoder) -> Stepper:

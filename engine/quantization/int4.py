@@ -1,4 +1,4 @@
-"""int4 weights in groups of 32 inputs, through torch's packed kernels (CPU, and tinygemm on CUDA).
+"""int4 weights in groups of 32 inputs: torch's packed formats (CPU, and tinygemm on CUDA).
 
 The format is asymmetric, ``w = (q - 8) * scale + zero`` with ``scale`` and ``zero`` in bf16 per group
 and output, so GGUF's Q4_0, Q4_1 and Q4_K map onto it code by code: ``w = d * q + m`` becomes
@@ -6,9 +6,6 @@ and output, so GGUF's Q4_0, Q4_1 and Q4_K map onto it code by code: ``w = d * q 
 """
 
 from __future__ import annotations
-
-import weakref
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +18,6 @@ from engine.quantization.int4_layout import GROUP_SIZE, deinterleave, int4_block
 _ROWS_AT_ONCE = 1024
 _INPUTS_AT_ONCE = 64
 _OUTPUTS = 16  # torch packs as many at once
-
-
-class Int4Kernel(Protocol):
-    """What multiplies in torch's stead."""
-
-    def matmul(self, linear: Linear, x: Tensor) -> Tensor:
-        """``x [T, K] -> [T, N]`` float32, bias added."""
 
 
 class Int4Linear(Linear):
@@ -49,13 +39,9 @@ class Int4Linear(Linear):
         self.out_features = out_features
         self.bias = bias
         self._interleaved = 0  # outputs per block, once the codes are interleaved
-        self._kernel: weakref.ref[Int4Kernel] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        kernel = None if self._kernel is None else self._kernel()
-        if kernel is not None:
-            return kernel.matmul(self, rows).to(x.dtype).view(*x.shape[:-1], self.out_features)
         if rows.device.type == "cpu":
             out = torch._weight_int4pack_mm_for_cpu(rows, self._packed(), GROUP_SIZE, self.scales_and_zeros)
         else:
@@ -73,10 +59,6 @@ class Int4Linear(Linear):
         if not self._interleaved:
             interleave(self.packed, self.in_features, block)
             self._interleaved = block
-
-    def use(self, kernel: Int4Kernel) -> None:
-        """Let ``kernel`` do the products as long as it lives."""
-        self._kernel = weakref.ref(kernel)
 
     def dequantize(self) -> Tensor:
         return self._groups().dequantize()
