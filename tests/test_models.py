@@ -15,7 +15,7 @@ from engine.models.checkpoint import open_checkpoint
 from engine.models.decoder import Decoder
 from engine.models.families import config_from_hf
 from engine.models.loader import load_decoder
-from engine.models.rope import inverse_frequencies
+from engine.models.rope import RopeTable, inverse_frequencies
 from engine.models.stepper import Stepper, TorchStepper
 from tests import tiny
 
@@ -29,6 +29,10 @@ def rope(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.2],
+    "long_factor": [1.0, 1.5, 2.5, 4, 6, 9, 13, 20],
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, own head": ("llama", {"tie_word_embeddings": False}),
@@ -56,6 +60,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn": ("qwen2", rope("yarn", **YARN)),
     "yarn, attention factor": ("llama", rope("yarn", **YARN, attention_factor=0.9, beta_fast=16, beta_slow=2)),
     "yarn, mscale": ("llama", rope("yarn", **YARN, mscale=0.7, mscale_all_dim=1.3, truncate=False)),
+    "longrope, trained on less": ("llama", rope("longrope", **LONGROPE, original_max_position_embeddings=64)),
+    "longrope, trained on all": (
+        "mistral", rope("longrope", **LONGROPE, factor=4.0, original_max_position_embeddings=tiny.CONTEXT_LENGTH),
+    ),
 }  # fmt: skip
 
 
@@ -139,7 +147,7 @@ def test_layer_ranges_compose(case: Case, stepper: Stepper) -> None:
 # -- Config files --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn", "longrope, trained on less"])
 def test_older_config_files_describe_the_same_rotation(kind: str) -> None:
     """``rope_scaling`` with ``type``, and ``rope_theta`` beside it, as before transformers 5."""
     raw = json.loads(tiny.hf_config("llama", **CASES[kind][1]).to_json_string())
@@ -151,6 +159,40 @@ def test_older_config_files_describe_the_same_rotation(kind: str) -> None:
         older = config_from_hf({**raw, "rope_theta": theta, "rope_scaling": renamed})
         assert torch.equal(inverse_frequencies(older)[0], inverse_frequencies(wanted)[0])
         assert inverse_frequencies(older)[1] == inverse_frequencies(wanted)[1]
+
+
+@pytest.mark.parametrize("attention_factor", [None, 1.25])
+@pytest.mark.parametrize(("trained", "factors"), [(64, "long"), (tiny.CONTEXT_LENGTH, "short")])
+def test_the_context_length_picks_the_set_of_longrope(
+    trained: int, factors: str, attention_factor: float | None
+) -> None:
+    """Whatever the sequence: the set that transformers takes for one as long as the context."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = {**LONGROPE, "original_max_position_embeddings": trained, "attention_factor": attention_factor}
+    hf = tiny.hf_config("llama", **rope("longrope", **scaling))
+    config = config_from_hf(json.loads(hf.to_json_string()))
+    wanted, wanted_factor = ROPE_INIT_FUNCTIONS["longrope"](hf, "cpu", seq_len=tiny.CONTEXT_LENGTH)
+    inverse, factor = inverse_frequencies(config)
+    assert torch.equal(inverse, wanted) and factor == wanted_factor
+    exponent = torch.arange(8) / 8
+    torch.testing.assert_close(inverse, 1 / (torch.tensor(LONGROPE[f"{factors}_factor"]) * 1000.0**exponent))
+    table = RopeTable(config)
+    table.ensure(10)
+    few = table.cos[:10].clone()
+    table.ensure(trained + 1)  # the sequence outgrows what the model was trained on
+    assert torch.equal(table.cos[:10], few)
+
+
+def test_the_trained_length_may_stand_beside_the_rotation() -> None:
+    """As in Phi-3's config.json, where it wins over the other one."""
+    raw = json.loads(tiny.hf_config("llama", **CASES["longrope, trained on less"][1]).to_json_string())
+    wanted = inverse_frequencies(config_from_hf(raw))
+    raw["original_max_position_embeddings"] = raw["rope_parameters"].pop("original_max_position_embeddings")
+    for other in ({}, {"original_max_position_embeddings": tiny.CONTEXT_LENGTH}):
+        beside = {**raw, "rope_parameters": {**raw["rope_parameters"], **other}}
+        inverse, factor = inverse_frequencies(config_from_hf(beside))
+        assert torch.equal(inverse, wanted[0]) and factor == wanted[1]
 
 
 def test_shards_are_read_as_one_file(tmp_path: Path) -> None:

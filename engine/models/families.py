@@ -52,6 +52,9 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
     # transformers 5 writes rope_parameters (theta inside); older files have rope_scaling and rope_theta.
     scaling = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    # Phi-3's way of writing longrope; transformers lets it win, too.
+    if trained := raw.get("original_max_position_embeddings"):
+        scaling["original_max_position_embeddings"] = trained
     return RopeConfig(float(theta), scaling)
 
 

@@ -79,7 +79,14 @@ def _yarn(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _longrope(config: ModelConfig) -> tuple[Tensor, float]:
-    """LongRoPE: per-frequency divisors, the short ones up to the trained length."""
+    """LongRoPE (arXiv 2402.13753): per-frequency divisors, one set for short contexts and one for long ones.
+
+    The model's context length decides, once for all conversations, as it does in llama.cpp: the short
+    set if the model was trained on all of it, else the long one. transformers instead takes the short set
+    until a sequence outgrows the trained length, so its logits for shorter sequences differ from ours, and
+    from then on the long one, while the keys in its cache stay rotated by the short one. Ours never change
+    within a conversation, and drafts, reused caches and single steps all see the same rotation.
+    """
     scaling, dim = config.rope.scaling, config.head_dim
     trained = scaling.get("original_max_position_embeddings") or config.context_length
     factor = scaling.get("factor") or config.context_length / trained
