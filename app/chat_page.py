@@ -13,7 +13,7 @@ from app.chats import ChatStore, StoredMessage
 from app.conversation import stream_answer
 from app.engine_host import EngineHost
 from app.preferences import PreferenceFile
-from app.settings_panel import build_model_choice, build_settings, read_settings
+from app.settings_panel import build_model_choice, build_settings, format_choice, read_settings
 from engine.errors import SlipstreamError
 
 EXAMPLES = (
@@ -88,13 +88,14 @@ class ChatPage:
             self._provenance = _html(elem_id="provenance")
         with gr.Sidebar("Settings", position="right", open=False, width=320, elem_id="settings"):
             self._settings = build_settings(preferences)
-            loads = build_model_choice(self._host, preferences) if private else None
+            models = build_model_choice(self._host, preferences) if private else None
 
         timer = gr.Timer(_TICK_SECONDS)
         self._loading_timer = gr.Timer(_LOADING_TICK_SECONDS)
         self._connect_answers()
         self._connect_chats(new_chat, title, delete)
-        self._connect_loading(stop_loading, loads)
+        self._weights = [] if models is None else [models.weights]
+        self._connect_loading(stop_loading, None if models is None else models.loads)
         timer.tick(self._machine_strip, None, self._machine, **DIRECT)
 
     # Answers
@@ -264,6 +265,7 @@ class ChatPage:
             self._try_again,
             self._loading_timer,
             self._settings.method,
+            *self._weights,
         ]
         self._loading_timer.tick(self._loading_state, None, state, **DIRECT)
         stop_loading.click(self._host.cancel_loading, None, None, **DIRECT)
@@ -278,12 +280,14 @@ class ChatPage:
             names = session.methods()
             picked = methods.pick(names, self._preferences.value.method)
             method = gr.Radio(choices=methods.choices(names), value=picked, visible=len(names) > 1)
-            return gr.Row(visible=False), "", gr.skip(), gr.Timer(active=False), method
+            weights = [gr.Dropdown(**format_choice(self._host)) for _ in self._weights]
+            return gr.Row(visible=False), "", gr.skip(), gr.Timer(active=False), method, *weights
+        kept = [gr.skip() for _ in self._weights]
         if state.stage == "loading":
             text = telemetry.loading_strip(state.message, state.share)
-            return gr.Row(visible=True), text, gr.Button(visible=False), gr.skip(), gr.skip()
+            return gr.Row(visible=True), text, gr.Button(visible=False), gr.skip(), gr.skip(), *kept
         text = telemetry.notice(state.message, "error")
-        return gr.Row(visible=True), text, gr.Button(visible=True), gr.Timer(active=False), gr.skip()
+        return gr.Row(visible=True), text, gr.Button(visible=True), gr.Timer(active=False), gr.skip(), *kept
 
     def _machine_strip(self) -> str:
         session = self._host.loaded

@@ -14,11 +14,11 @@ from app.preferences import PreferenceFile
 from app.race import AS_LOADED, LaneChoice, RaceSettings, RaceUpdate, lane_names, stream_race
 from app.spare_sessions import memory_sentence
 from engine.errors import SlipstreamError
+from engine.formats import choosable_formats
 from engine.requests import SamplingParams
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 DIRECT: dict[str, Any] = {**QUIET, "queue": False}
-_FORMATS = ("int4", "int8", "bf16", "fp32")
 _PROMPT = "Write a Python function that merges two sorted lists, and explain each step."
 _TICK_SECONDS = 0.5
 
@@ -51,7 +51,7 @@ class ComparePage:
                                 container=False, elem_id=f"method-{place}", min_width=120,
                             )  # fmt: skip
                             weights = gr.Dropdown(
-                                [("As loaded", AS_LOADED), *((name, name) for name in _FORMATS)],
+                                _weight_choices(None),
                                 value=AS_LOADED, label="Weights", show_label=False, container=False,
                                 visible=private, elem_id=f"weights-{place}", min_width=120,
                             )  # fmt: skip
@@ -85,9 +85,7 @@ class ComparePage:
         # The methods are known when the model is there, and may be others after another one is loaded.
         timer = gr.Timer(_TICK_SECONDS)
         seen = gr.State(None)
-        timer.tick(
-            self._on_tick, [seen, *self._choices[::2]], [seen, *self._choices[::2], *self._cards], **DIRECT
-        )
+        timer.tick(self._on_tick, [seen, *self._choices[::2]], [seen, *self._choices, *self._cards], **DIRECT)
 
     def _on_compare(self, request: gr.Request, prompt: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         lanes = _lanes(values[:4])
@@ -139,15 +137,22 @@ class ComparePage:
         ]
 
     def _on_tick(self, seen: Any, first: str, second: str) -> tuple[Any, ...]:
-        """Offer the loaded model's methods, once for each model."""
+        """Offer the loaded model's methods, and the weight formats of its device, once for each model."""
         session = self._host.loaded
         now = None if session is None else (session.info.name, session.methods())
         if now is None or now == seen:
-            return tuple([gr.skip()] * 5)
+            return tuple([gr.skip()] * 7)
         options = methods.choices(session.methods())
         picked = [methods.pick(session.methods(), value) for value in (first, second)]
         cards = self._lane_cards((LaneChoice(picked[0]), LaneChoice(picked[1])), ())
-        return now, *(gr.Dropdown(choices=options, value=name) for name in picked), *cards
+        weights = gr.Dropdown(choices=_weight_choices(session.info.device))
+        first_method, second_method = (gr.Dropdown(choices=options, value=name) for name in picked)
+        return now, first_method, weights, second_method, weights, *cards
+
+
+def _weight_choices(device: str | None) -> list[tuple[str, str]]:
+    """Choices of a lane's weights on ``device``, None while no model is loaded."""
+    return [("As loaded", AS_LOADED), *((name, name) for name in choosable_formats(device))]
 
 
 def _lanes(values: Sequence[Any]) -> tuple[LaneChoice, LaneChoice]:

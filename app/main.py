@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.startup import ADDRESS, DEFAULT_PORT
 from engine import paths
+from engine.formats import choosable_formats
 
 if TYPE_CHECKING:
     from app.engine_host import ModelChoice
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", DEFAULT_PORT)))
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     parser.add_argument("--model", help="a hub repository, a folder or a .gguf file")
-    parser.add_argument("--format", help="weight format: auto, int4, int8, bf16, fp32")
+    parser.add_argument("--format", help=f"weight format: {', '.join(('auto', *choosable_formats()))}")
     options = parser.parse_args(argv)
     in_space = bool(os.environ.get("SPACE_ID"))
     _write_log()

@@ -12,15 +12,18 @@ from app.conversation import AnswerSettings
 from app.engine_host import EngineHost, ModelChoice
 from app.preferences import PreferenceFile, Preferences
 from engine.errors import InvalidRequestError
+from engine.formats import choosable_formats
 from engine.requests import SamplingParams
 
-FORMATS = [
-    ("Automatic (the fastest that fits)", "auto"),
-    ("4 bit", "int4"),
-    ("8 bit", "int8"),
-    ("16 bit", "bf16"),
-    ("32 bit", "fp32"),
-]
+FORMAT_LABELS = {
+    "auto": "Automatic (the fastest that fits)",
+    "int4": "4 bit",
+    "int8": "8 bit",
+    "bf16": "16 bit",
+    "fp32": "32 bit",
+    "nf4": "NF4 (bitsandbytes)",
+    "bnb_int8": "LLM.int8 (bitsandbytes)",
+}
 _DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -138,8 +141,27 @@ def build_settings(preferences: PreferenceFile) -> SettingsPanel:
     return SettingsPanel((*answer, method), method, tint, reset)
 
 
-def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> Any:
-    """The part that loads another model; returns its button, which the page listens to as well."""
+@dataclass(frozen=True)
+class ModelPanel:
+    """``weights`` is to be filled anew (:func:`format_choice`) when a model is there, which ``loads`` begins."""
+
+    weights: Any
+    loads: Any
+
+
+def format_choice(host: EngineHost) -> dict[str, Any]:
+    """The dropdown of weight formats: those that run here, and the one that was asked for."""
+    session = host.loaded
+    names = ("auto", *choosable_formats(None if session is None else session.info.device))
+    wanted = host.choice.weight_format
+    return {
+        "choices": [(FORMAT_LABELS[name], name) for name in names],
+        "value": wanted if wanted in names else "auto",
+    }
+
+
+def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> ModelPanel:
+    """The part that loads another model."""
     from engine import hub
 
     sources = {hub.DEFAULT_MODEL: hub.DEFAULT_MODEL}
@@ -151,7 +173,7 @@ def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> Any:
         list(sources.items()), value=host.choice.source, label="Model", allow_custom_value=True, elem_id="model",
         info="One that is here, a hub repository (owner/name), a folder, or a .gguf file",
     )  # fmt: skip
-    weight_format = gr.Dropdown(FORMATS, value=host.choice.weight_format, label="Weights")
+    weight_format = gr.Dropdown(**format_choice(host), label="Weights", elem_id="weights")
     load = gr.Button("Load", size="sm", variant="secondary", elem_id="load-model")
 
     def change_model(source: str, weights: str) -> None:
@@ -159,4 +181,4 @@ def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> Any:
         preferences.save(model=source, weight_format=weights)
         host.start(ModelChoice(source, weights))
 
-    return load.click(change_model, [model, weight_format], None, **_DIRECT)
+    return ModelPanel(weight_format, load.click(change_model, [model, weight_format], None, **_DIRECT))

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Bytes of a weight: int4 has a scale and an offset of 16 bits for 32 weights.
-_WEIGHT_BYTES = {"int4": 0.625, "int8": 1.02, "bf16": 2.0, "fp32": 4.0}
+# Bytes of a weight: int4 has a scale and an offset of 16 bits for 32 weights, nf4 a scale of 32 bits for 64.
+_WEIGHT_BYTES = {"int4": 0.625, "int8": 1.02, "bf16": 2.0, "fp32": 4.0, "nf4": 0.5625, "bnb_int8": 1.02}
 
 
 class SpareSessions:

@@ -39,14 +39,16 @@ def main(argv: Sequence[str]) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Arguments of all commands."""
     from engine.evaluation.suites import SUITES
+    from engine.formats import choosable_formats
     from engine.residuals.command import add_arguments
 
+    formats = ", ".join(("auto", *choosable_formats()))
     parser = argparse.ArgumentParser(prog="launch.py")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="answer one prompt, streaming")
     generate.add_argument("prompt", help="what to ask; - reads standard input")
     generate.add_argument("--model", default=None, help="hub repository, folder or .gguf file")
-    generate.add_argument("--format", default="auto", help="weight format")
+    generate.add_argument("--format", default="auto", help=f"weight format: {formats}")
     generate.add_argument("--method", default="plain", help="decoding method")
     generate.add_argument("--device", default="auto")
     generate.add_argument("--threads", type=int, default=None)
@@ -67,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompts", default=None, metavar="FILE.jsonl", help="own prompts instead of a suite")
     bench.add_argument("--limit", type=int, default=None, help="number of prompts, spread over the suite")
     bench.add_argument("--max-tokens", type=int, default=128)
-    bench.add_argument("--formats", default="auto", help="weight formats, comma separated")
+    bench.add_argument("--formats", default="auto", help=f"weight formats, comma separated: {formats}")
     bench.add_argument("--methods", default="plain", help="decoding methods, comma separated")
     bench.add_argument("--peers", default="", help="transformers, llama.cpp")
     bench.add_argument("--baseline", help="lane that ratios refer to (last peer, or first lane)")
