@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -112,8 +113,22 @@ def test_what_was_learnt_is_kept(tmp_path: Path) -> None:
     simulate(first, 300, chance=0.6, draft=0.1, row=0.05)
     save_controller(path, first)
     second = load_controller(path)
-    assert second.export() == first.export()
+    kept, known = second.export(), first.export()
+    medians = {kind: [median(times)] for kind, times in known.pop("times").items()}
+    assert kept.pop("times") == medians and kept == known
     assert second.state() == first.state()
+
+
+@pytest.mark.parametrize("kind", ["plain", "draft", "verify 1", "verify 2", "dropped 0"])
+@pytest.mark.parametrize("factor", [0.1, 10])
+def test_times_of_a_busier_day_do_not_decide_for_good(kind: str, factor: float) -> None:
+    machine = {"chance": 0.6, "draft": 0.1, "row": 0.05}
+    first, second = DepthController(), DepthController()
+    simulate(first, 300, **machine)
+    state = first.export()
+    state["times"][kind] = [factor * seconds for seconds in state["times"][kind]]
+    assert second.restore(state)
+    assert speedup(second, **machine) > 0.95 * speedup(first, **machine)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 99}', "\x00\xff"])

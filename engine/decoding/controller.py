@@ -28,6 +28,7 @@ _ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
 # Forced numbers of drafts at first, so that every cost is known; the first of each kind may be cold.
 _SCHEDULE = (0, 1, 0, 1, 2, 3, 0, 2, 3, 1)
 _REFRESH = 48  # rounds between two forced ones that keep rarely seen costs fresh
+_REFRESHED = (0, 1, 0, 2, 0, 3)  # their numbers of drafts: a cost that once looked too high is seen again
 # Luck makes a few rounds look bad where many would not, and being off costs the whole gain.
 _WINDOW = 64  # drafting rounds that are judged together
 _EARLY = 24  # a clear loss is seen sooner
@@ -171,32 +172,36 @@ class DepthController:
             "right": self._right,
             "seen": self._seen,
             "next": [self._next_right, self._next_seen],
-            "rounds": self._rounds,
             "pause": self._pause,
             "paused": self._paused,
             "reason": self.reason,
         }
 
     def restore(self, state: Any) -> bool:
-        """Take over what :meth:`export` gave; False, and nothing changed, if it is not of this version or broken."""
+        """Take over what :meth:`export` gave; False, and nothing changed, if it is not of this version or broken.
+
+        The machine may have been busier then: of the timings one median of each kind stays, which this
+        session's own soon outvote, and the opening schedule measures all of them again.
+        """
         try:
             if state["version"] != 1:
                 return False
             times = {
-                str(k): deque((_number(t) for t in v), maxlen=_SAMPLES)
+                str(k): deque([median([_number(t) for t in v])], maxlen=_SAMPLES)
                 for k, v in state["times"].items()
                 if v
             }
             right, seen = [_number(x) for x in state["right"]], [_number(x) for x in state["seen"]]
             next_right, next_seen = (_number(x) for x in state["next"])
-            counts = [int(_number(state[name])) for name in ("rounds", "pause", "paused")]
+            counts = [int(_number(state[name])) for name in ("pause", "paused")]
             if len(right) != _BINS or len(seen) != _BINS or min(*seen, next_seen) <= 0:
                 return False
         except (KeyError, TypeError, ValueError, AttributeError):
             return False
         self._times, self._right, self._seen = times, right, seen
         self._next_right, self._next_seen = next_right, next_seen
-        self._rounds, self._pause, self._paused = counts
+        self._pause, self._paused = counts
+        self._rounds = 0
         self._pause = min(max(self._pause, _PAUSE), _LONGEST_PAUSE)
         self.reason = state.get("reason") if self._paused else None
         return True
@@ -207,8 +212,7 @@ class DepthController:
             return min(_SCHEDULE[self._rounds], self._limit)
         if self.is_off or self._rounds % _REFRESH:
             return None
-        turn = self._rounds // _REFRESH % 4
-        return 0 if turn % 2 == 0 else min(1 + turn, self._limit)
+        return min(_REFRESHED[self._rounds // _REFRESH % len(_REFRESHED)], self._limit)
 
     def _learn(self, confidence: float, was_right: bool) -> None:
         bin_ = _bin(confidence)
@@ -266,9 +270,11 @@ class DepthController:
 
     def _verify(self, drafts: int, dropped: bool) -> float:
         """Seconds to verify ``drafts``; ``dropped``: one more was drafted, so the last row is already under way."""
-        known = self._time(f"{'dropped' if dropped else 'verify'} {drafts}")
-        if known is not None:
-            return known
+        kind = "dropped" if dropped else "verify"
+        # Fewer rows never cost more: a time that says so is a hiccup of the machine.
+        known = [self._time(f"{kind} {more}") for more in range(drafts, self.max_drafts + 1)]
+        if known[0] is not None:
+            return min(seconds for seconds in known if seconds is not None)
         if dropped:
             # about a plain step's share of the draft layers is done
             full = self._plain() if drafts == 0 else self._verify(drafts, dropped=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from engine.kernels.control import (
@@ -30,9 +31,9 @@ from engine.kernels.control import (
     OWN_X,
     START_MAP,
 )  # fmt: skip
-from engine.kernels.intrinsics import get_f32, get_i64
+from engine.kernels.intrinsics import get_f32, get_i64, top
 from engine.kernels.phases import ADAPTER_TAG, matmul_phase, run_layer
-from engine.kernels.rows import add_parts, copy_row, norm_row
+from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row
 
 
 @njit(nogil=True, error_model="numpy")
@@ -60,3 +61,9 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
     norm_row(x, buffer, get_i64(control + 8 * NORM), get_f32(control + 8 * EPS), size)
     logits = get_i64(control + 8 * DRAFT_LOGITS)
     matmul_phase(head, control, own, get_i64(control + 8 * DRAFT_HEAD), x, 1, logits)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def confidence_of(logits: int, count: int) -> float:
+    """The likeliest token's probability; overwrites the logits. ``count`` is a multiple of 16."""
+    return np.float32(1.0) / exp_row(logits, top(logits, count), count)

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import control
+from engine.kernels.draft_phases import confidence_of
 from engine.kernels.stepper import FusedStepper
 from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
 from engine.quantization.int8 import Int8Format
-from engine.residuals.accelerator import Accelerator, LowRank, unit_rms
+from engine.residuals.accelerator import Accelerator, LowRank
 from engine.residuals.drafter import Draft, cut_head, whole_blocks
 
 _CPU = torch.device("cpu")
@@ -66,7 +67,8 @@ class FusedDrafter:
             stepper.team.control[own + control.OWN_RAISED] = stepper.buffer(64)
 
     def condition(self, final: Tensor) -> Tensor:
-        return unit_rms(final, self._eps)
+        values = final.numpy()
+        return torch.from_numpy(values / np.sqrt(values.dot(values) / len(values) + np.float32(self._eps)))
 
     def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
         stepper = self.stepper
@@ -82,8 +84,8 @@ class FusedDrafter:
         }
         stepper.team.run(control.RUN_DRAFT, fields)
         best = int(self._logits.argmax())
-        confidence = 1.0 / float(np.exp(self._logits - self._logits[best]).sum())
-        return Draft(int(self._vocab[best]), confidence, slow, unit_rms(self._exit, self._eps))
+        confidence = confidence_of(self._logits.ctypes.data, len(self._logits))
+        return Draft(int(self._vocab[best]), confidence, slow, self.condition(self._exit))
 
 
 def _int8(weight: Tensor) -> Linear:
