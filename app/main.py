@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
     from app.engine_host import EngineHost, ModelChoice
+    from app.gradio_import import import_gradio
     from app.preferences import PreferenceFile
     from engine.hub import DEFAULT_MODEL
 
@@ -47,6 +48,8 @@ def main(argv: list[str]) -> int:
         ModelChoice(options.model or saved.model or DEFAULT_MODEL, options.format or saved.weight_format),
     )
     host.start()  # torch is imported there while gradio is imported here
+
+    import_gradio()
 
     import uvicorn
 

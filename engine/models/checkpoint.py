@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,9 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor as ``dtype``; by default as stored, or float32 if it is stored quantized."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As :meth:`tensor`, in pieces of its rows, in order: a large head need not be there twice."""
 
     def groups(self, name: str) -> GroupQuantized | None:
         """The matrix as 4-bit groups, if it is stored so and converts code by code."""
@@ -71,6 +75,9 @@ class SafetensorsCheckpoint:
         stored: Tensor = self._handle(self._where[name]).get_tensor(name)  # type: ignore[attr-defined]
         return stored if dtype is None else stored.to(dtype)
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        yield self.tensor(name)
+
     def groups(self, name: str) -> GroupQuantized | None:
         return None
 
@@ -112,6 +119,12 @@ class GgufCheckpoint:
             raise ModelFileError(f"{self.file.path.name} lacks the weight {name}; download the model again.")
         return self._unpermute(name, self.file.dequantize(self._names[name], dtype or torch.float32))
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        if name not in self._names or self._heads(name):  # missing, or its rows change places
+            yield self.tensor(name)
+        else:
+            yield from self.file.pieces(self._names[name])
+
     def groups(self, name: str) -> GroupQuantized | None:
         groups = self.file.groups(self._names[name]) if name in self._names else None
         if groups is None:
@@ -123,13 +136,16 @@ class GgufCheckpoint:
         )
 
     def _unpermute(self, name: str, weight: Tensor) -> Tensor:
+        count = self._heads(name)
+        if not count:
+            return weight
+        pairs = weight.view(count, weight.shape[0] // count // 2, 2, *weight.shape[1:])
+        return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
+
+    def _heads(self, name: str) -> int:
+        """Of how many heads the rows are interleaved; 0 if they are not."""
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
-        for part, count in heads.items():
-            if self._interleaved and f".{part}." in name:
-                rows = weight.shape[0]
-                pairs = weight.view(count, rows // count // 2, 2, *weight.shape[1:])
-                return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
-        return weight
+        return next((n for part, n in heads.items() if self._interleaved and f".{part}." in name), 0)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

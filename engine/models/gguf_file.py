@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,24 +82,29 @@ class GgufFile:
 
     def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor as ``dtype`` (a copy), in row-major ``[N, K]``."""
+        values = torch.empty(tuple(reversed(self.tensors[name].shape)), dtype=dtype)
+        start = 0
+        for piece in self.pieces(name):  # a piece at a time in float32
+            values[start : start + len(piece)] = piece
+            start += len(piece)
+        return values
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """The tensor in pieces of its rows, in order, float32."""
         import gguf
 
         tensor = self.tensors[name]
-        values = torch.empty(tuple(reversed(tensor.shape)), dtype=dtype)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                for start in range(0, len(tensor.data), _ROWS_AT_ONCE):  # a piece at a time in float32
+            for start in range(0, len(tensor.data), _ROWS_AT_ONCE):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     piece = gguf.dequantize(tensor.data[start : start + _ROWS_AT_ONCE], tensor.tensor_type)
-                    values[start : start + _ROWS_AT_ONCE] = torch.from_numpy(
-                        piece.astype(np.float32, copy=False)
-                    )
+                yield torch.from_numpy(np.require(piece, np.float32, "W"))
         except (NotImplementedError, KeyError) as error:
             raise UnsupportedModelError(
                 f"{self.path.name} uses the tensor type {tensor.tensor_type.name}, which cannot be read; "
                 "choose another quantization of this model."
             ) from error
-        return values
 
     def groups(self, name: str) -> GroupQuantized | None:
         """4-bit groups of a Q4_0, Q4_1 or Q4_K matrix, code by code; None for other types."""

@@ -94,11 +94,10 @@ class _Packer:
     def _pack(self, names: list[str], bias_names: list[str], shape: tuple[int, int]) -> Linear:
         """Pack the matrices ``names``, joined along their outputs to ``shape``."""
         checkpoint = self._checkpoint
-        groups = [checkpoint.groups(name) for name in names] if self._format.name == "int4" else []
         weight: Tensor | GroupQuantized
-        if any(group is not None for group in groups):
+        if self._format.name == "int4" and self._format.misfit(*shape) is None:
             # Files mix types: what is stored in 4-bit groups goes in as it is, and only the rest is rounded.
-            known = [g or quantize_groups(checkpoint.tensor(n)) for g, n in zip(groups, names, strict=True)]
+            known = [checkpoint.groups(name) or quantize_groups(checkpoint.pieces(name)) for name in names]
             _check_shape(names, [group.codes for group in known], shape)
             weight = GroupQuantized(
                 torch.cat([g.codes for g in known]),

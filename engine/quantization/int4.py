@@ -7,6 +7,8 @@ and output, so GGUF's Q4_0, Q4_1 and Q4_K map onto it code by code: ``w = d * q 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -61,31 +63,28 @@ class Int4Linear(Linear):
             self._interleaved = block
 
     def dequantize(self) -> Tensor:
-        return self._groups().dequantize()
+        return self.rows(torch.arange(self.out_features, device=self.packed.device)).dequantize()
 
     def rows(self, outputs: Tensor) -> GroupQuantized:
         """The rows that ``outputs`` names, with their own codes, scales and zeros."""
-        groups = self._groups()
-        return GroupQuantized(groups.codes[outputs], groups.scale[outputs], groups.minimum[outputs])
-
-    def _groups(self) -> GroupQuantized:
-        scale, zero = self.scales_and_zeros.float().permute(2, 1, 0)  # each [N, K / 32]
-        return GroupQuantized(self._codes(scale, zero), scale, zero - 8 * scale)
-
-    def _codes(self, scale: Tensor, zero: Tensor) -> Tensor:
-        """``uint8 [N, K]``."""
+        scale, zero = self.scales_and_zeros[:, outputs].float().permute(2, 1, 0)  # each [rows, K / 32]
         block = int4_block() if self.packed.device.type == "cpu" else None
-        if block is not None:
-            return unpack(self._packed(), self.in_features, block)
-        # Multiplying the identity by the matrix reads it in whatever order it is packed. At once it would take
-        # several times the memory.
+        if block is None:
+            codes = self._multiplied_out(outputs, scale, zero)
+        else:
+            codes = unpack(self.packed, self.in_features, block, outputs, self._interleaved > 0)
+        return GroupQuantized(codes, scale, zero - 8 * scale)
+
+    def _multiplied_out(self, outputs: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The codes of ``outputs``: multiplying the identity by the matrix reads it in whatever order it is
+        packed. At once it would take several times the memory."""
         identity = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.packed.device)
-        codes = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=self.packed.device)
+        codes = torch.empty(len(outputs), self.in_features, dtype=torch.uint8, device=self.packed.device)
         bias, self.bias = self.bias, None
         try:
             for begin in range(0, self.in_features, _INPUTS_AT_ONCE):
                 strip = slice(begin, min(begin + _INPUTS_AT_ONCE, self.in_features))
-                groups = self(identity[strip]).T.float().unflatten(1, (-1, GROUP_SIZE))
+                groups = self(identity[strip])[:, outputs].T.float().unflatten(1, (-1, GROUP_SIZE))
                 own = slice(strip.start // GROUP_SIZE, strip.stop // GROUP_SIZE)
                 exact = (groups - zero[:, own, None]) / scale[:, own, None] + 8
                 codes[:, strip] = exact.round().clamp(0, 15).to(torch.uint8).flatten(1)
@@ -100,12 +99,14 @@ class Int4Linear(Linear):
         return deinterleave(self.packed, self.in_features, self._interleaved)
 
 
-def quantize_groups(weight: Tensor) -> GroupQuantized:
-    """Round ``weight [N, K]`` to 4 bits per group of 32 inputs, minimum and maximum kept.
+def quantize_groups(weight: Tensor | Iterable[Tensor]) -> GroupQuantized:
+    """Round ``weight [N, K]``, whole or in pieces of its rows, to 4 bits per group of 32 inputs, minimum and
+    maximum kept.
 
     The scale and the middle are rounded to bf16 first, and the codes fitted to the rounded values.
     """
-    parts = [_quantize_rows(rows) for rows in weight.split(_ROWS_AT_ONCE)]
+    pieces = [weight] if isinstance(weight, Tensor) else weight
+    parts = [_quantize_rows(rows) for piece in pieces for rows in piece.split(_ROWS_AT_ONCE)]
     return GroupQuantized(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scale for part in parts]),

@@ -30,21 +30,34 @@ def int4_block() -> int | None:
             packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         except RuntimeError:
             return None
-        if packed.dtype == torch.uint8 and torch.equal(unpack(packed, inputs, block), codes.to(torch.uint8)):
+        if packed.dtype == torch.uint8 and torch.equal(
+            unpack(packed, inputs, block, torch.arange(outputs)), codes.to(torch.uint8)
+        ):
             return block
     return None
 
 
-def unpack(packed: Tensor, in_features: int, block: int) -> Tensor:
-    """The codes ``uint8 [N, K]`` of a packed matrix, not interleaved."""
+def unpack(
+    packed: Tensor, in_features: int, block: int, outputs: Tensor, interleaved: bool = False
+) -> Tensor:
+    """The codes ``uint8 [len(outputs), K]`` of some outputs of a packed matrix, read piece by piece."""
     full, tail = _split(packed, in_features, block)
-    parts = []
-    for some in full.view(-1, in_features, block // 2).split(_BLOCKS_AT_ONCE):
-        lines = some.transpose(1, 2)  # [blocks, bytes, K]
-        parts.append(torch.cat((lines & 15, lines >> 4), dim=1).flatten(0, 1))
-    lines = tail.view(in_features, -1).T
-    parts.append(torch.stack((lines & 15, lines >> 4), dim=1).flatten(0, 1))
-    return torch.cat(parts)
+    blocks = full.view(-1, in_features * block // 2)
+    codes = torch.empty(len(outputs), in_features, dtype=torch.uint8)
+    for begin in range(0, len(blocks), _BLOCKS_AT_ONCE):
+        some = blocks[begin : begin + _BLOCKS_AT_ONCE]
+        here = (outputs >= begin * block) & (outputs < (begin + len(some)) * block)
+        if here.any():
+            some = _separate(some, block) if interleaved else some
+            lines = some.view(-1, in_features, block // 2).transpose(1, 2)  # [blocks, bytes, K]
+            unpacked = torch.cat((lines & 15, lines >> 4), dim=1).flatten(0, 1)
+            codes[here] = unpacked[outputs[here] - begin * block]
+    here = outputs >= len(blocks) * block
+    if here.any():
+        lines = tail.view(in_features, -1).T
+        unpacked = torch.stack((lines & 15, lines >> 4), dim=1).flatten(0, 1)
+        codes[here] = unpacked[outputs[here] - len(blocks) * block]
+    return codes
 
 
 def interleave(packed: Tensor, in_features: int, block: int) -> None:
@@ -56,11 +69,13 @@ def interleave(packed: Tensor, in_features: int, block: int) -> None:
 
 def deinterleave(packed: Tensor, in_features: int, block: int) -> Tensor:
     """A copy of an interleaved matrix in torch's order."""
-    packed = packed.clone()
-    full, _ = _split(packed, in_features, block)
-    for some in full.view(-1, block // 2 // _LANES, _LANES, 2).split(_BLOCKS_AT_ONCE * in_features):
-        some.view(-1).copy_(some.permute(0, 3, 1, 2).flatten())
-    return packed
+    full, tail = _split(packed, in_features, block)
+    return torch.cat((_separate(full, block), tail)).view(packed.shape)
+
+
+def _separate(full: Tensor, block: int) -> Tensor:
+    """Whole interleaved blocks in torch's order, flat."""
+    return full.view(-1, block // 2 // _LANES, _LANES, 2).permute(0, 3, 1, 2).flatten()
 
 
 def _split(packed: Tensor, in_features: int, block: int) -> tuple[Tensor, Tensor]:
