@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.decoding.base import TokenSequence
 from engine.decoding.plain import PlainDecoding
 from engine.decoding.sampling import Sampler
+from engine.evaluation.suites import load_prompts, suite_path
 from engine.kernels import make_fused_stepper
 from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
@@ -158,6 +160,28 @@ def test_int4_rows_do_not_depend_on_what_follows_them(
             others = torch.randint(0, 49152, (count - kept,), generator=noise).tolist()
             rows, written = logits_and_keys([*ids[start : start + kept], *others], kept)
             assert torch.equal(rows, wanted) and torch.equal(written, keys)
+
+
+@torch.inference_mode()
+def test_rounding_inputs_costs_int4_little(exact: Decoder, packed: Decoder, tokenizer: Tokenizer) -> None:
+    """The fused kernels round activations to 8 bits: beside what 4-bit weights cost, that must not show."""
+    text = "\n".join(prompt.turns[0] for prompt in load_prompts(suite_path("koala"), 12))
+    ids = tokenizer.encode(text)[:512]
+
+    def logits(name: str, decoder: Decoder) -> Tensor:
+        stepper, cache = make(name, decoder), decoder.new_cache(512)
+        rows = range(0, len(ids), 64)
+        return torch.cat([run(stepper, ids[at : at + 64], cache, at) for at in rows]).log_softmax(-1)
+
+    def loss(scores: Tensor) -> float:
+        return float(F.nll_loss(scores[:-1], torch.tensor(ids[1:])))
+
+    def divergence(scores: Tensor) -> float:
+        return float(F.kl_div(scores, wanted, reduction="batchmean", log_target=True))
+
+    wanted, whole, rounded = logits("torch", exact), logits("torch", packed), logits("fused", packed)
+    assert loss(rounded) < 1.01 * loss(whole)
+    assert divergence(rounded) < 1.25 * divergence(whole)
 
 
 @torch.inference_mode()
