@@ -128,6 +128,23 @@ def test_a_config_that_is_none(folder: Path, text: str) -> None:
     assert "config.json" in sentence(folder)
 
 
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear"},
+        {"rope_type": "linear", "factor": "two"},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_type": "yarn"},
+        {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 3, "long_factor": [1.0] * 3},
+    ],
+)
+def test_a_damaged_rotation(folder: Path, rope: dict[str, Any]) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    raw["rope_parameters"] = {"rope_theta": 1000.0, **rope}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert "rotary" in sentence(folder)
+
+
 def test_an_unknown_rotation(folder: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
     raw["rope_parameters"] = {"rope_type": "spiral", "rope_theta": 1000.0}

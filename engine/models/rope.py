@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from engine.errors import UnsupportedModelError
+from engine.errors import ModelFileError, UnsupportedModelError
 from engine.models.config import ModelConfig
 
 
@@ -19,7 +19,17 @@ def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
     Raises:
         UnsupportedModelError: the scaling variant is unknown.
+        ModelFileError: an entry that it needs is missing or makes no sense.
     """
+    try:
+        return _variant(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise ModelFileError(
+            "The model's description of its rotary embedding is damaged; download the model again."
+        ) from error
+
+
+def _variant(config: ModelConfig) -> tuple[Tensor, float]:
     rope, dim = config.rope, config.head_dim
     exponent = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inverse = 1.0 / (rope.theta**exponent)
