@@ -267,6 +267,37 @@ def test_int4_layout_is_recognised_or_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
 
 
+def lay_out(linear: Any, block: int) -> None:
+    """Pack an int4 matrix again, in torch's layout for CPUs that take ``block`` outputs at once."""
+    codes = linear.rows(torch.arange(linear.out_features)).codes
+    whole = linear.out_features // block * block
+    halves = codes[:whole].view(-1, 2, block // 2, linear.in_features)
+    full = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2)  # [blocks, K, bytes]
+    tail = (codes[whole::2] | codes[whole + 1 :: 2] << 4).T
+    linear.packed = torch.cat((full.reshape(-1), tail.reshape(-1))).view(linear.packed.shape)
+
+
+def test_the_int4_layout_of_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without AVX-512 torch packs blocks of 64 and of 32 outputs; our tiles run either anywhere."""
+    results = {}
+    for block in (32, 64):
+        decoder = make_decoder("int4", **VARIANTS["split_inputs"])
+        for layer in decoder.layers:
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                lay_out(linear, block)
+        lay_out(decoder.weights.lm_head, block)
+        monkeypatch.setattr("engine.kernels.int4_block", lambda block=block: block)
+        stepper = make_fused_stepper(decoder, num_threads=2)
+        for rows in (1, 2, 3, 4, 11):
+            hidden = stepper.run_layers(rows_for(decoder, rows), decoder.new_cache(64), 0, 0, 3)
+            results[block, rows] = torch.cat((hidden, stepper.logits(hidden)), dim=1)
+        stepper.close()
+    for rows in (1, 2, 3, 4, 11):
+        wanted = results[32, rows]
+        assert (results[64, rows] - wanted).abs().max() < 2e-2 * wanted.abs().max()
+        assert torch.equal(results[64, rows][0], results[64, 1][0])
+
+
 def test_idle_workers_use_no_cpu() -> None:
     decoder = make_decoder("fp32", **PLAIN)
     stepper = make_fused_stepper(decoder, num_threads=3)
