@@ -26,7 +26,7 @@ ROW_MAJOR_BLOCK = 32
 _GROUP, _GROUP_BYTES = int4.GROUP, int4.GROUP_BYTES
 _BF16 = np.uint16(0)
 
-_d1, _d2, _d3, _d4, _single = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4, tiles.dot_single
+_d1, _d2, _d3, _d4 = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4
 
 
 def block_width(tag: Any) -> int:
@@ -145,34 +145,18 @@ def _row_major_block(
     count, step = last - first, k * size
     base = get_i64(linear) + output * step + first * size
     width = min(ROW_MAJOR_BLOCK, n - output)
-    quads = width // 4
-    row = 0
-    while row < rows:
-        a = x + 4 * (row * k + first)
-        left = rows - row
-        for quad in range(quads):
-            w, o = base + 4 * quad * step, out + 4 * (row * out_step + 4 * quad)
+    for row in range(0, rows, 4):
+        a, left = x + 4 * (row * k + first), rows - row
+        for j in range(width):
+            w, o = base + j * step, out + 4 * (row * out_step + j)
             if left >= 4:
-                _d4(tag, w, step, count, a, k, o, out_step)
+                _d4(tag, w, count, a, k, o, out_step)
             elif left == 3:
-                _d3(tag, w, step, count, a, k, o, out_step)
+                _d3(tag, w, count, a, k, o, out_step)
             elif left == 2:
-                _d2(tag, w, step, count, a, k, o, out_step)
+                _d2(tag, w, count, a, k, o, out_step)
             else:
-                _d1(tag, w, step, count, a, k, o, out_step)
-        for j in range(4 * quads, width):
-            for r in range(min(4, left)):
-                _single(
-                    tag,
-                    base + j * step,
-                    step,
-                    count,
-                    a + 4 * r * k,
-                    k,
-                    out + 4 * ((row + r) * out_step + j),
-                    out_step,
-                )
-        row += 4
+                _d1(tag, w, count, a, k, o, out_step)
     scales = get_i64(linear + 8 * SCALES)
     if scales != 0:
         for r in range(rows):
