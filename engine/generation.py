@@ -53,7 +53,9 @@ class Generation:
         self._eos_ids = frozenset() if request.ignore_eos else eos_ids
         self._notices = notices
         self._prepare_seconds = prepare_seconds
-        self._num_threads = num_threads
+        # Beside the fused kernels' own threads, which wait for the next step at full tilt, a second thread of
+        # torch's would wait for a core: choosing a token would take as long as computing it.
+        self._num_threads = 1 if backend.kernel == "fused" else num_threads
         self._on_finish = on_finish
         self._cancelled = threading.Event()
         self._busy = threading.Lock()  # one next() at a time; close() waits for none

@@ -11,13 +11,17 @@ def use_threads(num_threads: int | None) -> Iterator[None]:
     """Compute without autograd, on ``num_threads`` CPU threads (None: torch's own choice).
 
     OpenMP keeps its thread count per calling thread, and the app calls from a pool of them, so the
-    count is set where the work is done.
+    count is set where the work is done, and put back: the next work there may be a model's loading.
     """
     import torch
 
+    before = torch.get_num_threads()
     set_threads(num_threads)
-    with torch.inference_mode():
-        yield
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        set_threads(before)
 
 
 def set_threads(num_threads: int | None) -> None:

@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from engine.decoding.base import Step, TokenSequence
 from engine.decoding.sampling import Sampler
@@ -252,6 +253,21 @@ def test_the_result_waits_for_the_end():
         _ = generation.result
     list(generation)
     assert generation.result.text == "a"
+
+
+@pytest.mark.parametrize("kernel", ["fused", "torch"])
+def test_torch_keeps_out_of_the_way_of_the_fused_threads(kernel: str):
+    """Their spinning threads and a second one of torch's would fight for a core at every token."""
+    before, seen = torch.get_num_threads(), []
+    backend = FakeBackend(["ab", "c$"], kernel=kernel)
+    backend.on_step = backend.on_chunk = lambda: seen.append(torch.get_num_threads())
+    torch.set_num_threads(2)
+    try:
+        assert "".join(piece.text for piece in generate(backend)) == "abc"
+        assert set(seen) == {1 if kernel == "fused" else 2} and len(seen) > 2
+        assert torch.get_num_threads() == 2  # the next model that this thread loads gets all of them
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_unknown_method_is_refused_at_once():
