@@ -42,7 +42,6 @@ from engine.kernels.intrinsics import (
 GROUP = 32  # inputs per scale, of weights and of activations
 # What is kept of a row's group beside its 32 int8 inputs: step (float), sum(q) (float), -8 * sum(q) (int32).
 GROUP_BYTES = 16
-MAX_TILE_ROWS = 4
 _SCALE_AHEAD = 4  # groups by which scales are prefetched: their lines are far apart
 _CODES_AHEAD, _CACHE_LINE = 1024, 64  # bytes
 _BYTES, _WORDS = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
