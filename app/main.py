@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import logging.handlers
 import os
@@ -31,14 +32,15 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     in_space = bool(os.environ.get("SPACE_ID"))
     _write_log()
+    gc.disable()  # until the model is loaded: imports make many objects and no garbage
 
     # Before gradio is imported: it looks at these then.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
     from app.engine_host import EngineHost, ModelChoice
-    from app.gradio_import import import_gradio
     from app.preferences import PreferenceFile
+    from app.quick_imports import import_gradio
     from engine.hub import DEFAULT_MODEL
 
     preferences = PreferenceFile(None if in_space else paths.data_dir() / "settings.json")
@@ -47,8 +49,7 @@ def main(argv: list[str]) -> int:
         _load_session,
         ModelChoice(options.model or saved.model or DEFAULT_MODEL, options.format or saved.weight_format),
     )
-    host.start()  # torch is imported there while gradio is imported here
-
+    host.start()
     import_gradio()
 
     import uvicorn
@@ -83,9 +84,15 @@ def main(argv: list[str]) -> int:
 
 
 def _load_session(choice: ModelChoice, on_progress: Any, cancel: threading.Event) -> Any:
+    from app.quick_imports import import_torch
+
+    import_torch()
     from engine.session import Session
 
-    return Session.load(choice.source, choice.weight_format, on_progress=on_progress, cancel=cancel)
+    try:
+        return Session.load(choice.source, choice.weight_format, on_progress=on_progress, cancel=cancel)
+    finally:
+        gc.enable()
 
 
 def _announce(server: Any, url: str, open_browser: bool) -> None:

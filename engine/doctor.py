@@ -9,6 +9,7 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,10 @@ def kernels(device: str) -> tuple[Option, ...]:
 def _fused_problem(device: str) -> str | None:
     if device != "cpu":
         return "they are for the CPU."
-    try:
-        import numba  # noqa: F401
+    if not find_spec("numba"):
+        return "numba is not installed."
+    from engine.quantization.int4_layout import int4_block
 
-        from engine.kernels import int4_block
-    except Exception as error:
-        return f"numba cannot be loaded ({error})."
     return None if int4_block() else "this torch packs int4 weights in an order that they do not know."
 
 
@@ -164,7 +163,7 @@ def examine_model(source: str, device: str) -> ModelReport:
         if is_unknown_architecture(path):
             return ModelReport(source, str(path), problem=_FALLBACK)
         config = open_checkpoint(path).config
-        picked, notes = pick_format(path, "auto", device)
+        picked, notes = pick_format(config, "auto", device)
     except SlipstreamError as error:
         return ModelReport(source, problem=str(error))
     num_parameters = count_parameters(config)

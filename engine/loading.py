@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from engine.errors import ModelFileError, UnsupportedModelError
 from engine.hardware import return_free_memory
+from engine.models.gguf_header import read_header
 from engine.session import ModelInfo, Session
 from engine.threads import set_threads
 from engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from engine.backend import LoadedModel
+    from engine.models.config import ModelConfig
     from engine.models.decoder import Decoder
     from engine.progress import Progress
 
@@ -37,6 +39,7 @@ def load_session(
     report = _Reporter(on_progress)
     report("load", 0.0, f"Loading {name}.")
     set_threads(threads)  # kernels size their own pools by it
+    held = None if path.is_dir() else read_header(path)  # for all that ask for it below
     tokenizer = load_tokenizer(path)
     load = _load_fallback if is_unknown_architecture(path) else _load_decoder
     model = load(
@@ -60,6 +63,7 @@ def load_session(
     session = Session(model.backend, tokenizer, info, threads)
     report("warm up", 0.0, "Warming up.")
     session.warm_up()
+    del held
     return_free_memory()
     report("ready", 1.0, f"{name} is ready.")
     return session
@@ -69,13 +73,19 @@ def _load_decoder(
     path: Path, weight_format: str, device: str, on_progress: Callable[[float], None]
 ) -> LoadedModel:
     from engine.backend import DecoderBackend, LoadedModel
+    from engine.models.checkpoint import open_checkpoint
     from engine.models.loader import load_decoder
+    from engine.models.packed_model import PackedModel
 
-    weight_format, notes = pick_format(path, weight_format, device)
-    decoder = load_decoder(path, weight_format, device, on_progress)
+    config = open_checkpoint(path).config
+    weight_format, notes = pick_format(config, weight_format, device)
+    packed = PackedModel(path, weight_format, device)
+    decoder = packed.decoder(config) or load_decoder(path, weight_format, device, on_progress)
     return_free_memory()  # before the kernels are compiled: that takes some as well
+    backend = DecoderBackend(decoder)
+    packed.keep(decoder)  # in the order that the kernels have given it
     return LoadedModel(
-        DecoderBackend(decoder), decoder.config.model_type, count_parameters(decoder), weight_format,
+        backend, decoder.config.model_type, count_parameters(decoder), weight_format,
         str(decoder.device), decoder.weight_bytes, notes,
     )  # fmt: skip
 
@@ -121,20 +131,15 @@ def pick_device(device: str) -> str:
     return device
 
 
-def pick_format(path: Path, weight_format: str, device: str) -> tuple[str, tuple[str, ...]]:
-    """The weight format to load, and a note on why, if it was chosen here and is not the fastest.
-
-    Raises:
-        ModelFileError, UnsupportedModelError: the model cannot be read.
-    """
+def pick_format(config: ModelConfig, weight_format: str, device: str) -> tuple[str, tuple[str, ...]]:
+    """The weight format to load, and a note on why, if it was chosen here and is not the fastest."""
     if weight_format != "auto":
         return weight_format, ()
     import torch
 
-    from engine.models.checkpoint import open_checkpoint
     from engine.quantization import get_format
 
-    shapes = open_checkpoint(path).config.matrix_shapes()
+    shapes = config.matrix_shapes()
     reasons: list[str] = []
     for name in _FASTEST_FIRST:
         packer = get_format(name)

@@ -35,15 +35,7 @@ def app_process(home: Path, *arguments: str, environment: Mapping[str, str] | No
         environment: more environment variables. With GRADIO_SERVER_PORT among them (a Space has it), no
             port is named on the command line.
     """
-    from engine import paths
-
-    cache = home / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    for folder in ("models", "kernels"):
-        real = paths.cache_dir() / folder
-        real.mkdir(parents=True, exist_ok=True)
-        if not (cache / folder).exists():
-            (cache / folder).symlink_to(real, target_is_directory=True)
+    share_caches(home)
     variables = {**os.environ, **(environment or {}), "SLIPSTREAM_HOME": str(home)}
     command = [sys.executable, str(ROOT / "launch.py")]
     if "GRADIO_SERVER_PORT" in variables:
@@ -103,6 +95,19 @@ def open_page(
         yield page
     finally:
         context.close()
+
+
+def share_caches(home: Path) -> None:
+    """Let an app with this home use the models and compiled kernels of this machine."""
+    from engine import paths
+
+    cache = home / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    for folder in ("models", "kernels"):
+        real = paths.cache_dir() / folder
+        real.mkdir(parents=True, exist_ok=True)
+        if not (cache / folder).exists():
+            (cache / folder).symlink_to(real, target_is_directory=True)
 
 
 def screenshot(page: Any, name: str) -> Path:

@@ -16,6 +16,7 @@ from engine.backend import DecoderBackend
 from engine.errors import UnsupportedModelError
 from engine.kernels import fused_unavailable
 from engine.loading import load_session, pick_format
+from engine.models.checkpoint import open_checkpoint
 from engine.models.loader import load_decoder
 from engine.models.stepper import TorchStepper
 from engine.quantization import WEIGHT_FORMATS, GroupQuantized, get_format
@@ -291,7 +292,7 @@ def test_auto_takes_the_fastest_that_fits(
     tmp_path: Path, changes: dict[str, Any], picked: str, words: tuple[str, ...]
 ) -> None:
     folder = tiny.save_model(tmp_path / "tiny", "llama", **changes)
-    name, notes = pick_format(folder, "auto", "cpu")
+    name, notes = pick_format(open_checkpoint(folder).config, "auto", "cpu")
     assert name == picked and bool(notes) == bool(words)
     for note in notes:
         assert_sentence(note)

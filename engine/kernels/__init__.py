@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import time
-from pathlib import Path
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,11 +57,7 @@ def fused_unavailable(decoder: Decoder) -> str | None:
             return "this torch packs int4 weights in an order that they do not know."
         if decoder.layers[0].down.in_features % block:
             return f"the feed-forward size must be a multiple of {block} for int4."
-    try:
-        import numba  # noqa: F401
-    except Exception as error:
-        return f"numba cannot be loaded ({error})."
-    return None
+    return None if find_spec("numba") else "numba is not installed."
 
 
 def make_fused_stepper(decoder: Decoder, num_threads: int | None = None) -> FusedStepper:
@@ -73,11 +67,9 @@ def make_fused_stepper(decoder: Decoder, num_threads: int | None = None) -> Fuse
         num_threads: None: as many as torch uses.
     """
     began = time.perf_counter()
-    _prepare_cache()
     from engine.kernels.stepper import FusedStepper
 
     stepper = FusedStepper(decoder, num_threads or torch.get_num_threads(), int4_block())
-    stepper.compile()
     _log.info("fused kernels ready after %.1f s", time.perf_counter() - began)
     return stepper
 
@@ -90,26 +82,3 @@ def _format(linear: Linear) -> str | None:
     if isinstance(linear, DenseLinear) and linear.weight.dtype in (torch.float32, torch.bfloat16):
         return str(linear.weight.dtype)
     return None
-
-
-def _prepare_cache() -> None:
-    """Point numba's disk cache at a folder named after these sources: numba itself looks only at one file."""
-    import llvmlite
-    import numba
-
-    from engine.paths import cache_dir
-
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
-    folder = cache_dir() / "kernels" / digest.hexdigest()[:16]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK)
-    except OSError:
-        usable = False
-    if usable:
-        numba.config.CACHE_DIR = str(folder)
-    from engine.kernels.team import register_symbols
-
-    register_symbols()

@@ -15,6 +15,7 @@ from engine.kernels.control import (
     ADAPTER_FIELDS,
     ADAPTERS,
     CONDITION,
+    CONFIDENCE,
     DRAFT_BUFFER,
     DRAFT_HEAD,
     DRAFT_LOGITS,
@@ -27,11 +28,12 @@ from engine.kernels.control import (
     LAYERS,
     NORM,
     OUT,
+    OUTPUTS,
     OWN_H,
     OWN_X,
     START_MAP,
 )  # fmt: skip
-from engine.kernels.intrinsics import get_f32, get_i64, top
+from engine.kernels.intrinsics import get_f32, get_i64, put_f32, top
 from engine.kernels.phases import ADAPTER_TAG, matmul_phase, run_layer
 from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row
 
@@ -40,7 +42,7 @@ from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row
 def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """From the token's embedding ``HIDDEN`` and the stream's ``CONDITION``, both ``[D]``: the slow state
     behind the draft layers goes to ``OUT``, the unnormed exit state to ``DRAFT_BUFFER``, the draft logits
-    to ``DRAFT_LOGITS``. ``NORM`` is the final norm's gain."""
+    to ``DRAFT_LOGITS`` (as powers of e, the best 1), the best token's probability to ``CONFIDENCE``. ``NORM`` is the final norm's gain."""
     size, condition = get_i64(control + 8 * HIDDEN_SIZE), get_i64(control + 8 * CONDITION)
     h, x, embedded = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_X), get_i64(control + 8 * HIDDEN)
     state, buffer = h + 4 * size, get_i64(control + 8 * DRAFT_BUFFER)
@@ -61,9 +63,6 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
     norm_row(x, buffer, get_i64(control + 8 * NORM), get_f32(control + 8 * EPS), size)
     logits = get_i64(control + 8 * DRAFT_LOGITS)
     matmul_phase(head, control, own, get_i64(control + 8 * DRAFT_HEAD), x, 1, logits)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def confidence_of(logits: int, count: int) -> float:
-    """The likeliest token's probability; overwrites the logits. ``count`` is a multiple of 16."""
-    return np.float32(1.0) / exp_row(logits, top(logits, count), count)
+    if rank == 0:  # softmax of the best
+        count = get_i64(get_i64(control + 8 * DRAFT_HEAD) + 8 * OUTPUTS)
+        put_f32(control + 8 * CONFIDENCE, np.float32(1.0) / exp_row(logits, top(logits, count), count))

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import control
-from engine.kernels.draft_phases import confidence_of
 from engine.kernels.stepper import FusedStepper
 from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
@@ -84,7 +83,7 @@ class FusedDrafter:
         }
         stepper.team.run(control.RUN_DRAFT, fields)
         best = int(self._logits.argmax())
-        confidence = confidence_of(self._logits.ctypes.data, len(self._logits))
+        confidence = float(stepper.team.control[control.CONFIDENCE :].view(np.float32)[0])
         return Draft(int(self._vocab[best]), confidence, slow, self.condition(self._exit))
 
 

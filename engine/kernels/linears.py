@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from engine.quantization.int8 import Int8Linear
 
 
 class LinearTable:
-    """Descriptors of linears (:mod:`engine.kernels.matmul`), and all that they point at, kept alive.
+    """Descriptors of linears (:mod:`engine.kernels.control`), and all that they point at, kept alive.
 
     Args:
         int4_block: outputs per block in this torch's int4 layout, 64 or 32.
@@ -23,18 +21,18 @@ class LinearTable:
 
     def __init__(self, int4_block: int) -> None:
         self._int4_block = int4_block
-        self.int4_tag: Any = np.uint8(0) if int4_block == 64 else np.int32(0)
+        self.int4_kind = "uint8" if int4_block == 64 else "int32"
         self._kept: list[Tensor] = []
         self._linears: dict[tuple[int, int], tuple[Linear, np.ndarray]] = {}
 
-    def tag(self, linear: Linear) -> Any:
-        """The numpy scalar whose type chooses the compiled code for ``linear``."""
+    def kind(self, linear: Linear) -> str:
+        """The dtype that chooses the compiled code for ``linear``."""
         if isinstance(linear, Int4Linear):
-            return self.int4_tag
+            return self.int4_kind
         if isinstance(linear, Int8Linear):
-            return np.int8(0)
+            return "int8"
         assert isinstance(linear, DenseLinear)
-        return np.float32(0) if linear.weight.dtype == torch.float32 else np.uint16(0)
+        return "float32" if linear.weight.dtype == torch.float32 else "uint16"
 
     def vector(self, tensor: Tensor | None) -> int:
         """Address of a float32 copy (or the tensor itself), kept alive; 0 for None."""

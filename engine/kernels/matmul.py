@@ -18,11 +18,9 @@ from numba.extending import overload
 
 from engine.kernels import int4_tiles as int4
 from engine.kernels import tiles
+from engine.kernels.control import BIAS, INPUTS, OUTPUTS, PARTS, ROW_MAJOR_BLOCK, SCALES
 from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
 
-LINEAR_FIELDS = 6
-WEIGHT, SCALES, BIAS, OUTPUTS, INPUTS, PARTS = range(LINEAR_FIELDS)
-ROW_MAJOR_BLOCK = 32
 _GROUP, _GROUP_BYTES = int4.GROUP, int4.GROUP_BYTES
 _BF16 = np.uint16(0)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from engine.kernels.barrier import finish, take
 from engine.kernels.control import (
     ACT,
     ATTN_NORM,
@@ -30,6 +31,7 @@ from engine.kernels.control import (
     HEADS,
     HIDDEN,
     HIDDEN_SIZE,
+    INPUTS,
     K_NORM,
     KEYS,
     KV_HEADS,
@@ -37,12 +39,14 @@ from engine.kernels.control import (
     LAYER_FIELDS,
     LAYERS,
     LINEAR,
+    LINEAR_FIELDS,
     MIXED,
     MLP_NORM,
     NORM,
     O_ADAPTER,
     O_PROJ,
     OUT,
+    OUTPUTS,
     OWN_EXTRAS,
     OWN_H,
     OWN_KV,
@@ -51,31 +55,22 @@ from engine.kernels.control import (
     OWN_ROUNDED,
     OWN_SCORES,
     OWN_X,
+    PARTS,
     PARTS_BUFFER,
     POSITIONS,
     Q_ADAPTER,
     Q_NORM,
     QKV,
     QKV_BUFFER,
+    ROW_MAJOR_BLOCK,
     ROWS,
     SIN,
     VALUES,
     WINDOW,
     WRITES,
-    finish,
-    take,
 )  # fmt: skip
 from engine.kernels.intrinsics import dot, dots, get_f32, get_i64, mix, mix_narrow, put_f32, put_rounded, top
-from engine.kernels.matmul import (
-    INPUTS,
-    LINEAR_FIELDS,
-    OUTPUTS,
-    PARTS,
-    ROW_MAJOR_BLOCK,
-    block_width,
-    multiply_block,
-    prepare_rows,
-)
+from engine.kernels.matmul import block_width, multiply_block, prepare_rows
 from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row, rotate_row, silu_times
 
 ADAPTER_TAG = np.int8(0)  # adapters and maps are int8, whatever the model's own format

@@ -1,10 +1,12 @@
-"""What a thread does with the command in the control block, and how workers wait for the next one."""
+"""What a thread does with the command in the control block, how workers wait for the next one, and all of it
+as native code."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+import numpy as np
+from numba import int64, njit
 
 from engine.kernels.control import (
     COMMAND,
@@ -13,19 +15,20 @@ from engine.kernels.control import (
     RUN_DRAFT,
     RUN_LAYERS,
     RUN_MATMUL,
+    SEEN,
     SEQUENCE,
     STOP,
 )
 from engine.kernels.draft_phases import run_draft
-from engine.kernels.intrinsics import atomic_add, atomic_get, get_i64, pause
+from engine.kernels.intrinsics import atomic_add, atomic_get, get_i64, pause, put_i64
+from engine.kernels.native import Kinds
 from engine.kernels.phases import run_layers, run_matmul
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def execute(tag: Any, kv: Any, head: Any, kv_size: int, control: int, rank: int) -> None:
+@njit(nogil=True, error_model="numpy")
+def execute(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """Run the command in the control block as thread ``rank``. The tags choose the types of weights, cache
     and draft head."""
-    own = control + 8 * (RANKS + rank * RANK_FIELDS)
     if get_i64(control + 8 * COMMAND) == RUN_LAYERS:
         run_layers(tag, kv, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_MATMUL:
@@ -34,29 +37,43 @@ def execute(tag: Any, kv: Any, head: Any, kv_size: int, control: int, rank: int)
         run_draft(tag, kv, head, kv_size, control, own, rank)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def serve(
-    tag: Any, kv: Any, head: Any, kv_size: int, control: int, rank: int, seen: int, patience: int
-) -> int:
-    """A worker's loop: run each new command; return the last one's number when none came for a while.
+def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
+    """The entry points for ``kinds``, compiled for this CPU: of each its symbol and its object file.
 
-    ``patience`` is in spins of about 40 ns.
+    ``work(control, rank, patience)``: rank 0 runs the command and returns. A worker runs each new command,
+    and returns when none came for ``patience`` spins of about 40 ns; its field ``SEEN`` is then the last
+    one's number, or -1 if that was to stop. ``publish(control)`` tells the workers that there is a command.
     """
-    spins = 0
-    while spins < patience:
-        if atomic_get(control + 8 * SEQUENCE) == seen:
-            pause()
-            spins += 1
-            continue
-        seen += 1
-        if get_i64(control + 8 * COMMAND) == STOP:
-            return -1
-        execute(tag, kv, head, kv_size, control, rank)
+    tag, kv, head = (np.dtype(name).type(0) for name in (kinds.weights, kinds.cache, kinds.draft_head))
+    kv_size = kv.nbytes
+
+    def work(control: int, rank: int, patience: int) -> None:
+        own = control + 8 * (RANKS + rank * RANK_FIELDS)
         spins = 0
-    return seen
+        while rank == 0 or spins < patience:
+            if rank != 0:
+                if atomic_get(control + 8 * SEQUENCE) == get_i64(own + 8 * SEEN):
+                    pause()
+                    spins += 1
+                    continue
+                put_i64(own + 8 * SEEN, get_i64(own + 8 * SEEN) + 1)
+                if get_i64(control + 8 * COMMAND) == STOP:
+                    put_i64(own + 8 * SEEN, -1)
+                    break
+            execute(tag, kv, head, kv_size, control, own, rank)
+            if rank == 0:
+                break
+            spins = 0
 
+    def publish(control: int) -> None:
+        atomic_add(control + 8 * SEQUENCE, 1)
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def publish(control: int) -> None:
-    """Tell the workers that a command is in the control block."""
-    atomic_add(control + 8 * SEQUENCE, 1)
+    # Nothing of Python is called, so that the code loads without numba.
+    compiler = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+    found = {}
+    for function, arguments in ((work, 3), (publish, 1)):
+        result = compiler(function)
+        result.compile((int64,) * arguments)
+        compiled = result.overloads[(int64,) * arguments]
+        found[function.__name__] = compiled.fndesc.llvm_func_name, compiled.library._get_compiled_object()
+    return found

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels import control, matmul
+from engine.kernels import control
 from engine.kernels.linears import LinearTable
+from engine.kernels.native import Kinds
 from engine.kernels.team import Team
 from engine.models.decoder import Decoder, LayerWeights
 from engine.models.kv_cache import KVCache
@@ -37,16 +38,15 @@ class FusedStepper:
         self.num_threads = num_threads
         self._int4_block = int4_block or 64
         self.table = LinearTable(self._int4_block)
-        self._tag = self.table.tag(decoder.layers[0].qkv)
+        self._kind = self.table.kind(decoder.layers[0].qkv)
         self._wide = decoder.dtype == torch.float32
         assert isinstance(decoder.weights.embedding, Tensor)
         table = decoder.weights.embedding.detach().to(decoder.dtype)
         self._embedding = table.numpy() if self._wide else table.view(torch.uint16).numpy()
-        kv, kv_size = (np.float32(0), 4) if self._wide else (np.uint16(0), 2)
         # The draft head is int4 wherever it can be: what a draft step reads most of is its head.
         self.draft_head_is_int4 = int4_block is not None and decoder.config.hidden_size % GROUP_SIZE == 0
-        head = self.table.int4_tag if self.draft_head_is_int4 else np.int8(0)
-        self.team = Team(num_threads, self._tag, kv, head, kv_size)
+        head = self.table.int4_kind if self.draft_head_is_int4 else "int8"
+        self.team = Team(num_threads, Kinds(self._kind, "float32" if self._wide else "uint16", head))
         self._layers = np.zeros((len(decoder.layers), control.LAYER_FIELDS), np.int64)
         for index, layer in enumerate(decoder.layers):
             self._describe_layer(index, layer)
@@ -55,10 +55,6 @@ class FusedStepper:
         self._rope_seen = -1
         self._score_slots = 0
         self._allocate()
-
-    def compile(self) -> None:
-        """Compile what a step needs, or load it from the disk cache."""
-        self.team.compile()
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """``[T] -> [T, D]`` float32."""
@@ -130,7 +126,7 @@ class FusedStepper:
     def _multiply(self, linear: Linear, x: Tensor, norm: int) -> Tensor:
         rows = self._check_rows(x)
         x = x.detach().to(torch.float32).contiguous()
-        if self.table.tag(linear).dtype != self._tag.dtype:
+        if self.table.kind(linear) != self._kind:
             raise ValueError("a fused stepper runs linears of one weight format")
         if x.shape[1] > self._max_inputs:
             raise ValueError(f"this stepper takes at most {self._max_inputs} inputs, not {x.shape[1]}")
@@ -154,7 +150,7 @@ class FusedStepper:
         return rows
 
     def _parts(self, linear: Linear) -> int:
-        width = self._int4_block if isinstance(linear, Int4Linear) else matmul.ROW_MAJOR_BLOCK
+        width = self._int4_block if isinstance(linear, Int4Linear) else control.ROW_MAJOR_BLOCK
         blocks = -(-linear.out_features // width)
         return max(1, min(-(-_MIN_TASKS // blocks), linear.in_features // _MIN_PART))
 
@@ -172,7 +168,7 @@ class FusedStepper:
             (control.DOWN_PROJ, layer.down, self._parts(layer.down)),
         )
         for place, linear, parts in places:
-            record[place : place + matmul.LINEAR_FIELDS] = self.table.describe(linear, parts)
+            record[place : place + control.LINEAR_FIELDS] = self.table.describe(linear, parts)
 
     def _allocate(self) -> None:
         """Buffers for MAX_ROWS rows, and the control block's constant fields."""

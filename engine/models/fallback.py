@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _meta_registrations
 
 from engine.backend import PREFILL_CHUNK, LoadedModel
 from engine.decoding.base import DecodingMethod, Step, TokenSequence
@@ -48,6 +48,8 @@ def load_fallback(
             f"{path.name} is a {kind} model, which runs through transformers and so not as {chosen}; "
             "choose auto, bf16 or fp32."
         )
+    # Transformers makes tensors without data first, for which the app has not loaded this until it is asked.
+    _meta_registrations.activate_meta  # noqa: B018
     model = _load(path, kind, _DTYPES[chosen]).to(device).eval()
     on_progress(1.0)
     note = f"Acceleration is off: {kind} is no architecture of ours, so transformers runs this model."

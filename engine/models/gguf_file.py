@@ -63,8 +63,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        header = read_header(path)
-        self._values = header.metadata
+        header = self._header = read_header(path)
         try:
             bytes_ = np.memmap(path, np.uint8, mode="r")
             self.tensors = {entry.name: _locate(entry, bytes_) for entry in header.tensors.values()}
@@ -75,7 +74,7 @@ class GgufFile:
 
     def get(self, key: str, default: Any = None) -> Any:
         """A metadata value, or ``default``."""
-        value = self._values.get(key)
+        value = self._header.metadata.get(key)
         if isinstance(value, np.ndarray):
             value = value.tolist()
         return default if value is None else value
@@ -94,12 +93,15 @@ class GgufFile:
         import gguf
 
         tensor = self.tensors[name]
+        inner = tensor.shape[-2::-1]  # of one row of rows
         try:
             for start in range(0, len(tensor.data), _ROWS_AT_ONCE):
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    piece = gguf.dequantize(tensor.data[start : start + _ROWS_AT_ONCE], tensor.tensor_type)
-                yield torch.from_numpy(np.require(piece, np.float32, "W"))
+                    rows = tensor.data[start : start + _ROWS_AT_ONCE]
+                    # As one long row: the package loops in Python over every sixteen of them.
+                    piece = gguf.dequantize(rows.reshape(1, -1), tensor.tensor_type)
+                yield torch.from_numpy(np.require(piece, np.float32, "W")).view(-1, *inner)
         except (NotImplementedError, KeyError) as error:
             raise UnsupportedModelError(
                 f"{self.path.name} uses the tensor type {tensor.tensor_type.name}, which cannot be read; "

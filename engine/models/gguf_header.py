@@ -7,7 +7,9 @@ this reader takes a tenth of that and understands nothing but the container.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ class TensorEntry:
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GgufHeader:
     """Metadata by key (numeric arrays as numpy arrays, string arrays as lists) and tensors by name."""
 
@@ -42,8 +44,12 @@ class GgufHeader:
     tensors: dict[str, TensorEntry]
 
 
+# Loading a model asks three times, and a large vocabulary takes a while: one that somebody holds is shared.
+_held: weakref.WeakValueDictionary[tuple[str, int, int], GgufHeader] = weakref.WeakValueDictionary()
+
+
 def read_header(path: Path) -> GgufHeader:
-    """Read the header of ``path``.
+    """Read the header of ``path``, or share the one that is held of the same, unchanged file.
 
     Raises:
         ModelFileError: missing, not a GGUF file, truncated or damaged.
@@ -52,8 +58,13 @@ def read_header(path: Path) -> GgufHeader:
         with path.open("rb") as handle:
             if handle.read(4) != _MAGIC:
                 raise ModelFileError(f"{path.name} is not a GGUF file; choose another or download it again.")
-            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
-                return _Parser(buffer).header()
+            state = os.fstat(handle.fileno())
+            key = (str(path), state.st_size, state.st_mtime_ns)
+            header = _held.get(key)
+            if header is None:
+                with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                    header = _held[key] = _Parser(buffer).header()
+            return header
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist; check the path.") from None
     except OSError as error:

@@ -34,13 +34,14 @@ class Int4Linear(Linear):
         in_features: int,
         out_features: int,
         bias: Tensor | None = None,
+        interleaved: int = 0,
     ) -> None:
         self.packed = packed
         self.scales_and_zeros = scales_and_zeros
         self.in_features = in_features
         self.out_features = out_features
         self.bias = bias
-        self._interleaved = 0  # outputs per block, once the codes are interleaved
+        self.interleaved = interleaved  # outputs per block, if the codes are interleaved
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -58,9 +59,9 @@ class Int4Linear(Linear):
 
     def interleave(self, block: int) -> None:
         """Put the codes into the order of our own kernels, in place. Torch's then work on a copy."""
-        if not self._interleaved:
+        if not self.interleaved:
             interleave(self.packed, self.in_features, block)
-            self._interleaved = block
+            self.interleaved = block
 
     def dequantize(self) -> Tensor:
         return self.rows(torch.arange(self.out_features, device=self.packed.device)).dequantize()
@@ -72,7 +73,7 @@ class Int4Linear(Linear):
         if block is None:
             codes = self._multiplied_out(outputs, scale, zero)
         else:
-            codes = unpack(self.packed, self.in_features, block, outputs, self._interleaved > 0)
+            codes = unpack(self.packed, self.in_features, block, outputs, self.interleaved > 0)
         return GroupQuantized(codes, scale, zero - 8 * scale)
 
     def _multiplied_out(self, outputs: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -94,9 +95,9 @@ class Int4Linear(Linear):
 
     def _packed(self) -> Tensor:
         """``packed`` in torch's own order."""
-        if not self._interleaved:
+        if not self.interleaved:
             return self.packed
-        return deinterleave(self.packed, self.in_features, self._interleaved)
+        return deinterleave(self.packed, self.in_features, self.interleaved)
 
 
 def quantize_groups(weight: Tensor | Iterable[Tensor]) -> GroupQuantized:

@@ -1,0 +1,138 @@
+"""The compiled kernels as functions: from the disk cache, or compiled first.
+
+Numba compiles them once for each CPU and kind of weights, which takes half a minute; its own cache would
+still take a second of every start, and 60 MB. Here the object code is kept and linked by LLVM alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """Which code: dtype names that stand for the weights' format, the cache's type and the draft head's
+    format (:mod:`engine.kernels.matmul` says which)."""
+
+    weights: str
+    cache: str
+    draft_head: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """The entry points; :func:`engine.kernels.program.native_code` says what they do. They run without the
+    interpreter lock."""
+
+    work: Callable[[int, int, int], None]  # control block, rank, patience
+    publish: Callable[[int], None]  # control block
+
+
+@cache
+def load_program(kinds: Kinds) -> Program:
+    """The code for ``kinds``, once for the process."""
+    file = _folder() / f"{kinds.weights}-{kinds.cache}-{kinds.draft_head}.o"
+    objects = _read(file)
+    if objects is None:
+        from engine.kernels.program import native_code
+
+        _register_symbols()
+        objects = native_code(kinds)
+        _write(file, objects)
+    return Program(_link(*objects["work"], 3), _link(*objects["publish"], 1))
+
+
+def _folder() -> Path:
+    """Named after all that the code depends on: these sources, the compilers, the CPU."""
+    import llvmlite.binding as llvm
+
+    from engine.paths import cache_dir
+
+    cpu = [platform.machine(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    digest = hashlib.sha256(" ".join([version("numba"), version("llvmlite"), sys.version, *cpu]).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return cache_dir() / "kernels" / digest.hexdigest()[:16]
+
+
+def _read(file: Path) -> dict[str, tuple[str, bytes]] | None:
+    """What :func:`_write` kept; None if there is nothing, or nothing whole."""
+    try:
+        header, _, code = file.read_bytes().partition(b"\n")
+        entries = json.loads(header)
+        if entries.pop("sha256") != hashlib.sha256(code).hexdigest():
+            return None
+        return {name: (symbol, code[start:end]) for name, (symbol, start, end) in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(file: Path, objects: dict[str, tuple[str, bytes]]) -> None:
+    code, entries = b"", dict[str, Any]()
+    for name, (symbol, data) in objects.items():
+        entries[name] = symbol, len(code), len(code) + len(data)
+        code += data
+    entries["sha256"] = hashlib.sha256(code).hexdigest()
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(json.dumps(entries).encode() + b"\n" + code)
+        os.replace(partial, file)
+    except OSError as error:  # compiled again next time
+        _log.warning("the compiled kernels could not be kept: %s", error)
+
+
+@cache
+def _register_symbols() -> None:
+    """Give compiled code the operating system's yield; needed before anything is compiled or linked."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+        import numba.core.registry  # LLVM's helpers for the stack there
+
+        numba.core.registry.cpu_target.target_context  # noqa: B018
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    llvm.add_symbol("slipstream_give_way", address)
+
+
+_engines: list[Any] = []  # what owns the linked code
+# Numba's calling convention: where to put the result and an exception, of which there are none, come first.
+_nowhere = (ctypes.c_void_p * 8)()
+_NOWHERE = ctypes.addressof(_nowhere)
+
+
+def _link(symbol: str, code: bytes, arguments: int) -> Callable[..., None]:
+    import llvmlite.binding as llvm
+
+    _register_symbols()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * arguments)
+    native = kind(engine.get_function_address(symbol))
+
+    def call(*values: int) -> None:
+        native(_NOWHERE, _NOWHERE + 8, *values)
+
+    return call

@@ -1,0 +1,150 @@
+"""Packed weights kept on disk, so that a model that was loaded before is mapped instead of packed again.
+
+Only for CPU formats that take long to pack. The files are named after all that they are made from, and are
+the cache folder's: whoever deletes one loses time alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import paths
+from engine.models.config import ModelConfig
+from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from engine.quantization import get_format
+from engine.quantization.base import Linear
+from engine.quantization.int4 import Int4Linear
+from engine.quantization.int4_layout import int4_block
+from engine.quantization.int8 import Int8Linear
+from engine.quantization.packed_file import map_packed, write_packed
+
+_log = logging.getLogger(__name__)
+_FORMATS = ("int4", "int8")
+_WORTH_KEEPING = 1 << 24  # bytes; smaller models are packed in no time
+_SHARE_OF_DISK = 0.1  # of what is free or ours, which the files may take
+_LAYER_MATRICES = ("qkv", "o", "gate_up", "down")
+
+
+class PackedModel:
+    """The kept weights of the model at ``source`` in a format, whether they exist or not."""
+
+    def __init__(self, source: Path, weight_format: str, device: str) -> None:
+        self._format, self._device = weight_format, torch.device(device)
+        self._wanted = weight_format in _FORMATS and self._device.type == "cpu"
+        key = f"{source.resolve()} {weight_format} {torch.__version__} {int4_block()} {_state(source)}"
+        folder = Path(__file__).parents[1]
+        digest = hashlib.sha256(key.encode())
+        for code in sorted([*folder.glob("models/*.py"), *folder.glob("quantization/*.py")]):
+            digest.update(code.read_bytes())  # what packs, or names what is packed
+        self._file = (
+            paths.cache_dir() / "packed" / f"{source.stem}-{weight_format}-{digest.hexdigest()[:16]}.bin"
+        )
+
+    def decoder(self, config: ModelConfig) -> Decoder | None:
+        """The model with the kept weights; None if there are none."""
+        if not self._wanted:
+            return None
+        try:
+            tensors, about = map_packed(self._file)
+            weights = _from_tensors(tensors, about, config.num_layers)
+            os.utime(self._file)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("kept weights cannot be used: %s", error)
+            with contextlib.suppress(OSError):
+                self._file.unlink()
+            return None
+        return Decoder(config, weights, get_format(self._format).activation_dtype, self._device)
+
+    def keep(self, decoder: Decoder) -> None:
+        """Keep the decoder's weights, if there is room. A model runs as well without."""
+        if not self._wanted or self._file.exists():
+            return
+        tensors, about = _to_tensors(decoder.weights)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        try:
+            if size >= _WORTH_KEEPING and self._make_room(size):
+                write_packed(self._file, tensors, about)
+        except OSError as error:
+            _log.warning("the packed weights could not be kept: %s", error)
+
+    def _make_room(self, size: int) -> bool:
+        """Delete the files that were used longest ago until ``size`` bytes more are within our share."""
+        folder = self._file.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [(file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*.bin")]
+        total = sum(entry[1] for entry in kept)
+        budget = _SHARE_OF_DISK * (shutil.disk_usage(folder).free + total)
+        for _, file_size, file in sorted(kept):
+            if total + size <= budget or size > budget:
+                break
+            with contextlib.suppress(OSError):  # on Windows, while another process has it open
+                file.unlink()
+                total -= file_size
+        return total + size <= budget
+
+
+def _state(source: Path) -> str:
+    """Changes when a file of the model does."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    stats = [(file.name, file.stat()) for file in files if file.exists()]
+    return " ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+
+
+def _matrices(weights: DecoderWeights) -> Iterator[tuple[str, Linear]]:
+    yield "lm_head", weights.lm_head
+    for index, layer in enumerate(weights.layers):
+        yield from ((f"{index}.{name}", getattr(layer, name)) for name in _LAYER_MATRICES)
+
+
+def _to_tensors(weights: DecoderWeights) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """All tensors by name; of the int4 matrices the inputs, outputs and block of their interleaving."""
+    assert isinstance(weights.embedding, Tensor)
+    tensors, about = {"embedding": weights.embedding, "final_norm": weights.final_norm}, {}
+    for name, matrix in _matrices(weights):
+        if isinstance(matrix, Int4Linear):
+            about[name] = [matrix.in_features, matrix.out_features, matrix.interleaved]
+            parts = {"packed": matrix.packed, "scales": matrix.scales_and_zeros}
+        else:
+            assert isinstance(matrix, Int8Linear)
+            parts = {"packed": matrix.weight, "scales": matrix.scales}
+        if matrix.bias is not None:
+            parts["bias"] = matrix.bias
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    for index, layer in enumerate(weights.layers):
+        for field in fields(layer):
+            value = getattr(layer, field.name)
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{field.name}"] = value
+    return tensors, about
+
+
+def _from_tensors(tensors: dict[str, Tensor], about: dict[str, list[int]], num_layers: int) -> DecoderWeights:
+    def matrix(name: str) -> Linear:
+        packed, scales = tensors[f"{name}.packed"], tensors[f"{name}.scales"]
+        bias = tensors.get(f"{name}.bias")
+        if name not in about:
+            return Int8Linear(packed, scales, bias)
+        in_features, out_features, interleaved = about[name]
+        return Int4Linear(packed, scales, in_features, out_features, bias, interleaved)
+
+    def layer(index: int) -> LayerWeights:
+        parts: dict[str, Any] = {name: matrix(f"{index}.{name}") for name in _LAYER_MATRICES}
+        return LayerWeights(
+            **{f.name: tensors.get(f"{index}.{f.name}") for f in fields(LayerWeights)} | parts
+        )
+
+    layers = tuple(layer(index) for index in range(num_layers))
+    return DecoderWeights(tensors["embedding"], layers, tensors["final_norm"], matrix("lm_head"))

@@ -1,0 +1,111 @@
+"""Compiled kernels are kept as object code, which LLVM alone links; and the quick imports leave nothing out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.kernels import native
+from engine.kernels.native import Kinds
+from engine.quantization.int4_layout import int4_block
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = Kinds("uint16", "uint16", "uint8" if int4_block() == 64 else "int32")
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_kept_code_runs_without_the_compiler() -> None:
+    code = f"""
+import sys
+import numpy as np
+from engine.kernels import control
+from engine.kernels.native import Kinds, load_program
+program = load_program({KINDS!r})
+block = np.zeros(200, np.int64)
+program.publish(block.ctypes.data)
+program.publish(block.ctypes.data)
+print(block[control.SEQUENCE], block.sum(), "numba" in sys.modules)
+"""
+    run(code)  # compiles what was not compiled before
+    assert run(code) == "2 2 False"
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no header"])
+def test_damaged_code_is_compiled_again(
+    slipstream_home: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    file = native._folder() / "x.o"
+    objects = {"work": ("_work", b"\x00\nabc"), "publish": ("_publish", b"de")}
+    native._write(file, objects)
+    assert native._read(file) == objects
+    assert [entry.name for entry in file.parent.iterdir()] == ["x.o"]
+    whole = file.read_bytes()
+    broken = {
+        "cut": whole[:-1],
+        "flipped": whole[:-1] + b"f",
+        "empty": b"",
+        "no header": whole[whole.index(b"\n") :],
+    }
+    file.write_bytes(broken[damage])
+    assert native._read(file) is None
+
+
+def test_code_that_cannot_be_kept_runs_all_the_same(
+    slipstream_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(native.os, "replace", full)
+    native._write(native._folder() / "x.o", {"work": ("_work", b"abc")})
+
+
+def test_torch_without_shapes_works_as_ever(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from app.quick_imports import import_torch
+import_torch()
+assert "torch._decomp" not in sys.modules
+import torch
+torch.manual_seed(0)
+torch.multinomial(torch.rand(5), 2, generator=torch.Generator().manual_seed(1))
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4))
+model(torch.randn(2, 4)).sum().backward()
+from pathlib import Path
+from tests import tiny
+folder = tiny.save_model(Path({str(tmp_path / "gpt")!r}), hidden_size=64, intermediate_size=128)
+from engine.loading import load_session
+load_session("llama", folder, "nf4", "cpu")
+from transformers import AutoConfig, AutoModelForCausalLM
+small = dict(n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=tiny.vocab_size(), bos_token_id=0, eos_token_id=2)
+AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **small)).save_pretrained(folder)
+print(load_session("gpt", folder, "fp32", "cpu").info.architecture)
+"""
+    assert run(code) == "gpt2"
+
+
+def test_gradio_brings_pandas_when_it_is_asked_for() -> None:
+    code = """
+import sys
+from app.quick_imports import import_gradio
+import_gradio()
+assert "pandas" not in sys.modules
+from gradio import caching
+assert caching.pd.DataFrame({"a": [1]}).shape == (1, 1)
+import pandas
+print(pandas.DataFrame is caching.pd.DataFrame)
+"""
+    assert run(code) == "True"
