@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 
     from app.engine_host import EngineHost, ModelChoice
     from app.preferences import PreferenceFile
-    from app.quick_imports import import_gradio
+    from app.quick_imports import import_gradio, import_torch
     from engine.hub import DEFAULT_MODEL
 
     preferences = PreferenceFile(None if in_space else paths.data_dir() / "settings.json")
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         _load_session,
         ModelChoice(options.model or saved.model or DEFAULT_MODEL, options.format or saved.weight_format),
     )
+    import_torch()  # before the loading, not beside it: two imports at once take longer than one after the other
     host.start()
     import_gradio()
 
@@ -84,9 +85,6 @@ def main(argv: list[str]) -> int:
 
 
 def _load_session(choice: ModelChoice, on_progress: Any, cancel: threading.Event) -> Any:
-    from app.quick_imports import import_torch
-
-    import_torch()
     from engine.session import Session
 
     try:
