@@ -184,9 +184,12 @@ def examine_model(source: str, device: str) -> ModelReport:
 def count_parameters(config: Any) -> int:
     """Weights of the matrices, tied ones once."""
     attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
     vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    return config.num_layers * layer + vocabulary
+    inner = 0  # of all layers
+    for layer in range(config.num_layers):
+        experts = config.experts if config.is_sparse(layer) else None
+        inner += config.intermediate_size if experts is None else experts.total_size
+    return config.num_layers * attention + 3 * config.hidden_size * inner + vocabulary
 
 
 def describe(report: Report) -> str:

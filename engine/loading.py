@@ -139,7 +139,7 @@ def pick_format(config: ModelConfig, weight_format: str, device: str) -> tuple[s
 
     from engine.quantization import get_format
 
-    shapes = config.matrix_shapes()
+    shapes = config.all_matrix_shapes()
     reasons: list[str] = []
     for name in _FASTEST_FIRST:
         packer = get_format(name)
@@ -154,12 +154,12 @@ def pick_format(config: ModelConfig, weight_format: str, device: str) -> tuple[s
 def count_parameters(decoder: Decoder) -> int:
     """Parameters of the model, tied ones once."""
     config = decoder.config
-    matrices = [m for layer in decoder.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    matrices = [m for layer in decoder.layers for m in layer.matrices()]
     total = sum(m.in_features * m.out_features for m in matrices)
     total += sum(m.out_features for m in matrices if m.bias is not None)
-    norms = 2 * config.hidden_size + (2 * config.head_dim if config.qk_norm else 0)
+    small = [t for layer in decoder.layers for t in layer.small_tensors()]
     embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    return total + config.num_layers * norms + config.hidden_size + embeddings
+    return total + sum(tensor.numel() for tensor in small) + config.hidden_size + embeddings
 
 
 class _Reporter:

@@ -30,6 +30,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral, window": ("mistral", {}, {"attention.sliding_window": 48}),
     "qwen2": ("qwen2", {}, {}),
     "qwen3": ("qwen3", {"tie_word_embeddings": False}, {}),
+    **{family: (family, {}, {}) for family in ("mixtral", "olmoe", "granitemoe")},
+    "olmoe, clipped": ("olmoe", {"clip_qkv": 1.5}, {"attention.clamp_kqv": 1.5}),
+    "qwen2_moe": ("qwen2_moe", {"norm_topk_prob": False}, {}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}, {}),
     "linear": (
         "llama",
         {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
@@ -204,11 +208,33 @@ def test_weights_of_another_shape(tmp_path: Path) -> None:
 
 def test_what_this_version_cannot_run(tmp_path: Path) -> None:
     experts = save_gguf(tmp_path / "experts.gguf", tiny.build_model("llama"), extra={"expert_count": 8})
+    with pytest.raises(ModelFileError) as missing:
+        open_checkpoint(experts)
+    assert_sentence(str(missing.value), "experts.gguf", "expert_used_count")
     other = tmp_path / "other.gguf"
     other.write_bytes(
         save_gguf(tmp_path / "t.gguf", tiny.build_model("llama")).read_bytes().replace(b"llama", b"falco")
     )
-    for path, word in ((experts, "experts"), (other, "falco")):
-        with pytest.raises(UnsupportedModelError) as caught:
-            open_checkpoint(path)
-        assert_sentence(str(caught.value), path.name, word)
+    with pytest.raises(UnsupportedModelError) as caught:
+        open_checkpoint(other)
+    assert_sentence(str(caught.value), "other.gguf", "falco")
+
+
+def test_a_stack_with_too_few_experts_is_named(tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "few.gguf", tiny.build_model("qwen3_moe"), extra={"note": "x"})
+    file = GgufFile(path)
+    with pytest.raises(ModelFileError) as caught:
+        file.find("blk.0.ffn_up_exps.weight[8]")
+    assert_sentence(str(caught.value), "few.gguf", "expert 8")
+
+
+@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
+def test_quantized_experts_keep_their_codes(family: str, tmp_path: Path) -> None:
+    """Each matrix of a stack goes into int4 code by code, as a matrix of its own would."""
+    path = save_gguf(tmp_path / "tiny.gguf", tiny.build_model(family), "Q4_1")
+    checkpoint, decoder = open_checkpoint(path), load_decoder(path, "int4")
+    for number, expert in enumerate(decoder.layers[1].ffn.experts):  # type: ignore[union-attr]
+        name = f"model.layers.1.mlp.experts.down_proj.weight[{number}]"
+        scale = 0.4 if family == "granitemoe" else 1.0
+        wanted, found = checkpoint.tensor(name) * scale, expert.down.dequantize()
+        assert (found - wanted).abs().max() < 0.02 * wanted.abs().max()  # scales are rounded to bf16

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.kernels import fused_unavailable, int4_block, make_fused_stepper
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from engine.models.feed_forward import FeedForward
 from engine.models.kv_cache import KVCache
 from engine.models.rope import rotate
 from engine.quantization import get_format
@@ -64,8 +65,7 @@ def make_decoder(weight_format: str, num_layers: int = 3, **changes: Any) -> Dec
             qkv=linear((heads + 2 * config.num_kv_heads) * 32, size, config.qkv_bias),
             o=linear(size, heads * 32, config.output_bias),
             mlp_norm=norm(size),
-            gate_up=linear(2 * inner, size, config.mlp_bias),
-            down=linear(size, inner, config.mlp_bias),
+            ffn=FeedForward(linear(2 * inner, size, config.mlp_bias), linear(size, inner, config.mlp_bias)),
             q_norm=norm(32) if config.qk_norm else None,
             k_norm=norm(32) if config.qk_norm else None,
         )
@@ -114,8 +114,8 @@ def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int]) -> T
             visible &= where[None] > where[:, None] - window
         mixed = scores.masked_fill(~visible, -math.inf).softmax(-1) @ v.transpose(0, 1)
         h = h + apply(layer.o, mixed.transpose(0, 1).flatten(1))
-        gate, up = apply(layer.gate_up, norm(h, layer.mlp_norm)).chunk(2, dim=-1)
-        h = h + apply(layer.down, torch.nn.functional.silu(gate) * up)
+        gate, up = apply(layer.dense.gate_up, norm(h, layer.mlp_norm)).chunk(2, dim=-1)
+        h = h + apply(layer.dense.down, torch.nn.functional.silu(gate) * up)
     return h
 
 
@@ -283,7 +283,7 @@ def test_the_int4_layout_of_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (32, 64):
         decoder = make_decoder("int4", **VARIANTS["split_inputs"])
         for layer in decoder.layers:
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            for linear in layer.matrices():
                 lay_out(linear, block)
         lay_out(decoder.weights.lm_head, block)
         monkeypatch.setattr("engine.kernels.int4_block", lambda block=block: block)

@@ -202,7 +202,7 @@ def test_shards_are_read_as_one_file(tmp_path: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 2
     for one, other in zip(whole.layers, load_decoder(folder, "fp32").layers, strict=True):
         assert torch.equal(one.qkv.dequantize(), other.qkv.dequantize())
-        assert torch.equal(one.down.dequantize(), other.down.dequantize())
+        assert torch.equal(one.dense.down.dequantize(), other.dense.down.dequantize())
 
 
 def test_weights_are_stored_in_any_float_type(tmp_path: Path) -> None:

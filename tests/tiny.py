@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+MOE_FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CONTEXT_LENGTH = 256
 CHAT_TEMPLATE = (
@@ -63,7 +64,7 @@ def save_tokenizer(folder: Path) -> None:
 
 def hf_config(family: str = "llama", **changes: Any) -> Any:
     """The transformers config of a tiny model of ``family``; ``changes`` override fields."""
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import AutoConfig
 
     fields: dict[str, Any] = {
         "vocab_size": vocab_size(),
@@ -76,16 +77,25 @@ def hf_config(family: str = "llama", **changes: Any) -> Any:
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        "tie_word_embeddings": family != "mistral",
+        "tie_word_embeddings": family not in ("mistral", "mixtral", "olmoe"),
         "initializer_range": 0.1,  # the default 0.02 makes all logits alike
     }
     if family == "mistral":
         fields["sliding_window"] = 48
         fields["head_dim"] = 16
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_moe"):
         fields["head_dim"] = 32
-    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    return classes[family](**{**fields, **changes})
+    if family in MOE_FAMILIES:
+        count = "num_local_experts" if family in ("mixtral", "granitemoe") else "num_experts"
+        fields |= {count: 8, "num_experts_per_tok": 3}
+    if family in ("qwen2_moe", "qwen3_moe"):
+        fields |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96}
+    if family == "granitemoe":
+        fields |= {
+            "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
+            "logits_scaling": 5.0,
+        }  # fmt: skip
+    return AutoConfig.for_model(family, **{**fields, **changes})
 
 
 def build_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:

@@ -8,12 +8,19 @@ from typing import Any
 import gguf
 import numpy as np
 
+from tests.tiny import MOE_FAMILIES
+
 _PARTS = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "block_sparse_moe.router": "ffn_gate_inp", "block_sparse_moe.gate": "ffn_gate_inp",
 }  # fmt: skip
+
+_ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
 
 
 def gguf_name(name: str) -> str:
@@ -33,7 +40,7 @@ def save_gguf(path: Path, model: Any, kind: str = "F32", extra: dict[str, Any] |
         extra: further metadata under the architecture's prefix; numbers and strings.
     """
     config, quantization = model.config, gguf.GGMLQuantizationType[kind]
-    arch = "llama" if config.model_type == "mistral" else config.model_type
+    arch = _ARCHITECTURES.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, arch)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_block_count(config.num_hidden_layers)
@@ -45,16 +52,21 @@ def save_gguf(path: Path, model: Any, kind: str = "F32", extra: dict[str, Any] |
     writer.add_key_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type in MOE_FAMILIES:
+        _add_experts(writer, config)
     for key, value in (extra or {}).items():
         adder = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         adder(f"{arch}.{key}", value)
     for name, parameter in model.state_dict().items():
+        if ".experts." in name:
+            _add_stacks(writer, name, parameter.float().numpy(), quantization)
+            continue
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = parameter.float().numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for part, count in heads.items():
-            if arch == "llama" and f".{part}." in name:
+            if arch in ("llama", "granitemoe") and f".{part}." in name:
                 values = _interleave(values, count)
         if values.ndim == 2:
             writer.add_tensor(gguf_name(name), gguf.quantize(values, quantization), raw_dtype=quantization)
@@ -65,6 +77,32 @@ def save_gguf(path: Path, model: Any, kind: str = "F32", extra: dict[str, Any] |
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add_experts(writer: Any, config: Any) -> None:
+    writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if size := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(size)
+    if config.model_type == "qwen2_moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if config.model_type == "granitemoe":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+
+
+def _add_stacks(writer: Any, name: str, values: np.ndarray, kind: Any) -> None:
+    layer = name.split(".")[2]
+    parts = (
+        {"down": values}
+        if "down" in name
+        else dict(zip(("gate", "up"), np.split(values, 2, axis=1), strict=True))
+    )
+    for part, stack in parts.items():
+        data = gguf.quantize(np.ascontiguousarray(stack), kind)
+        writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", data, raw_dtype=kind)
 
 
 def _interleave(values: np.ndarray, heads: int) -> np.ndarray:

@@ -44,18 +44,20 @@ def fused_unavailable(decoder: Decoder) -> str | None:
     config = decoder.config
     if config.head_dim % 16 or config.hidden_size % 16:
         return "head and hidden size must be multiples of 16."
-    linears = [m for layer in decoder.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    if config.experts is not None:
+        return "they run dense models."
+    linears = [m for layer in decoder.layers for m in layer.matrices()]
     linears.append(decoder.weights.lm_head)
     if len({_format(m) for m in linears}) > 1 or _format(linears[0]) is None:
         return "they run int4, int8, bf16 and fp32 weights, one format at a time."
     unit = GROUP_SIZE if isinstance(linears[0], Int4Linear) else 16
-    if any(m.in_features % unit for m in linears) or (decoder.layers[0].down.in_features % 16):
+    if any(m.in_features % unit for m in linears) or (decoder.layers[0].dense.down.in_features % 16):
         return f"matrix inputs must be multiples of {unit}."
     if isinstance(linears[0], Int4Linear):
         block = int4_block()
         if block is None:
             return "this torch packs int4 weights in an order that they do not know."
-        if decoder.layers[0].down.in_features % block:
+        if decoder.layers[0].dense.down.in_features % block:
             return f"the feed-forward size must be a multiple of {block} for int4."
     return None if find_spec("numba") else "numba is not installed."
 

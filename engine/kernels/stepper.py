@@ -164,8 +164,8 @@ class FusedStepper:
         places = (
             (control.QKV, layer.qkv, self._parts(layer.qkv)),
             (control.O_PROJ, layer.o, self._parts(layer.o)),
-            (control.GATE_UP_PROJ, layer.gate_up, 1),  # SiLU needs whole sums
-            (control.DOWN_PROJ, layer.down, self._parts(layer.down)),
+            (control.GATE_UP_PROJ, layer.dense.gate_up, 1),  # SiLU needs whole sums
+            (control.DOWN_PROJ, layer.dense.down, self._parts(layer.dense.down)),
         )
         for place, linear, parts in places:
             record[place : place + control.LINEAR_FIELDS] = self.table.describe(linear, parts)
@@ -173,11 +173,11 @@ class FusedStepper:
     def _allocate(self) -> None:
         """Buffers for MAX_ROWS rows, and the control block's constant fields."""
         config, layers = self.decoder.config, self.decoder.layers
-        linears = [m for layer in layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        linears = [m for layer in layers for m in layer.matrices()]
         self._max_inputs = max(m.in_features for m in linears)
         splits = max(self._parts(m) for m in linears)
         wide = max(layer.qkv.out_features for layer in layers)
-        mixed, inner = config.num_heads * config.head_dim, layers[0].down.in_features
+        mixed, inner = config.num_heads * config.head_dim, layers[0].dense.down.in_features
         self._positions, self._writes = np.zeros(MAX_ROWS, np.int64), np.zeros(MAX_ROWS, np.int64)
         self._buffers: list[np.ndarray] = []
         fields = {

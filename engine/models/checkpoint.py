@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from engine.errors import ModelFileError
 from engine.models.config import ModelConfig
+from engine.models.expert_names import EXPERT_NAMES, IN_STACKS, ExpertNames, split_index
 from engine.quantization.base import GroupQuantized
 
 
 class Checkpoint(Protocol):
-    """Tensors under their HF names (``model.layers.0.self_attn.q_proj.weight`` and so on)."""
+    """Tensors under their HF names (``model.layers.0.self_attn.q_proj.weight`` and so on). A name may end in
+    ``[3]``: that matrix of a stack of them."""
 
     config: ModelConfig
+    expert_names: ExpertNames | None
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -54,8 +57,9 @@ class SafetensorsCheckpoint:
                 f"{folder / 'config.json'} cannot be read; download the model again."
             ) from error
         self.config = config_from_hf(raw)
+        self.expert_names = EXPERT_NAMES.get(self.config.model_type)
         self._where: dict[str, Path] = {}
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, Any] = {}
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             reason = (
@@ -63,16 +67,18 @@ class SafetensorsCheckpoint:
             )
             raise ModelFileError(f"{folder.name} holds {reason}; choose a model with .safetensors files.")
         for file in files:
-            for name in self._handle(file).keys():  # type: ignore[attr-defined]  # noqa: SIM118 (no dict)
+            for name in self._handle(file).keys():  # noqa: SIM118 (no dict)
                 self._where[name] = file
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return split_index(name)[0] in self._where
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        if name not in self._where:
-            raise ModelFileError(f"{self.folder.name} lacks the weight {name}; download the model again.")
-        stored: Tensor = self._handle(self._where[name]).get_tensor(name)  # type: ignore[attr-defined]
+        whole, index = split_index(name)
+        if whole not in self._where:
+            raise ModelFileError(f"{self.folder.name} lacks the weight {whole}; download the model again.")
+        handle = self._handle(self._where[whole])
+        stored = handle.get_tensor(whole) if index is None else _member(handle.get_slice(whole), index)
         return stored if dtype is None else stored.to(dtype)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
@@ -81,7 +87,7 @@ class SafetensorsCheckpoint:
     def groups(self, name: str) -> GroupQuantized | None:
         return None
 
-    def _handle(self, file: Path) -> object:
+    def _handle(self, file: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
         if file not in self._open:
@@ -108,25 +114,26 @@ class GgufCheckpoint:
         self.config = gguf_file.config_from_gguf(self.file)
         names = gguf_file.hf_names(self.config.num_layers)
         self._names = {hf: name for hf, name in names.items() if name in self.file.tensors}
+        self.expert_names: ExpertNames | None = IN_STACKS
         # llama.cpp stores llama's q and k with rotary pairs interleaved; HF keeps the two halves apart.
-        self._interleaved = self.config.model_type in ("llama", "mistral")
+        self._interleaved = self.config.model_type in ("llama", "mistral", "mixtral", "granitemoe")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return split_index(name)[0] in self._names
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        if name not in self._names:
+        if name not in self:
             raise ModelFileError(f"{self.file.path.name} lacks the weight {name}; download the model again.")
-        return self._unpermute(name, self.file.dequantize(self._names[name], dtype or torch.float32))
+        return self._unpermute(name, self.file.dequantize(self._stored(name), dtype or torch.float32))
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        if name not in self._names or self._heads(name):  # missing, or its rows change places
+        if name not in self or self._heads(name):  # missing, or its rows change places
             yield self.tensor(name)
         else:
-            yield from self.file.pieces(self._names[name])
+            yield from self.file.pieces(self._stored(name))
 
     def groups(self, name: str) -> GroupQuantized | None:
-        groups = self.file.groups(self._names[name]) if name in self._names else None
+        groups = self.file.groups(self._stored(name)) if name in self else None
         if groups is None:
             return None
         return GroupQuantized(
@@ -134,6 +141,11 @@ class GgufCheckpoint:
             self._unpermute(name, groups.scale),
             self._unpermute(name, groups.minimum),
         )
+
+    def _stored(self, name: str) -> str:
+        """What the file calls it."""
+        whole, _ = split_index(name)
+        return self._names[whole] + name[len(whole) :]
 
     def _unpermute(self, name: str, weight: Tensor) -> Tensor:
         count = self._heads(name)
@@ -146,6 +158,17 @@ class GgufCheckpoint:
         """Of how many heads the rows are interleaved; 0 if they are not."""
         heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
         return next((n for part, n in heads.items() if self._interleaved and f".{part}." in name), 0)
+
+
+def _member(stack: Any, index: int) -> Tensor:
+    """One matrix of a stack ``[E, N, K]``, read alone."""
+    shape = stack.get_shape()
+    if len(shape) != 3 or index >= shape[0]:
+        raise ModelFileError(
+            f"A stack of expert weights has the shape {shape}, too small for expert {index}; "
+            "download the model again."
+        )
+    return stack[index]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""One model description for all dense families, read from an HF ``config.json`` or GGUF metadata."""
+"""One model description for all families, read from an HF ``config.json`` or GGUF metadata."""
 
 from __future__ import annotations
 
@@ -21,10 +21,37 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Shapes and switches of a dense decoder. Sizes are counts of elements."""
+class ExpertConfig:
+    """The experts of a mixture-of-experts model, alike in all its sparse layers."""
 
-    model_type: str  # llama, mistral, qwen2, qwen3
+    num_experts: int
+    num_experts_per_tok: int
+    intermediate_size: int
+    normalize_weights: bool  # the chosen experts' probabilities are scaled to sum to 1
+    shared_intermediate_size: int = 0  # of an expert that every token goes through; 0: none
+    dense_layers: frozenset[int] = frozenset()  # layers with a plain feed-forward block
+
+    @property
+    def total_size(self) -> int:
+        """The feed-forward size of all experts of a layer together."""
+        return self.num_experts * self.intermediate_size + self.shared_intermediate_size
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Constants that Granite multiplies with. The loader folds them into the weights."""
+
+    embedding: float = 1.0
+    query: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and switches of a decoder. Sizes are counts of elements."""
+
+    model_type: str  # as transformers calls it
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -40,13 +67,17 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False  # over all heads at once (OLMoE) instead of each
+    qkv_clip: float | None = None
     sliding_windows: tuple[int | None, ...] = ()  # per layer; empty: full attention everywhere
+    experts: ExpertConfig | None = None
+    multipliers: Multipliers = Multipliers()
 
     def sliding_window(self, layer: int) -> int | None:
         return self.sliding_windows[layer] if self.sliding_windows else None
 
     def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
-        """``(outputs, inputs)`` of a layer's matrices qkv, o, gate and up, down, and of the head."""
+        """``(outputs, inputs)`` of a dense layer's matrices qkv, o, gate and up, down, and of the head."""
         heads = self.num_heads * self.head_dim
         return (
             (heads + 2 * self.num_kv_heads * self.head_dim, self.hidden_size),
@@ -55,6 +86,24 @@ class ModelConfig:
             (self.hidden_size, self.intermediate_size),
             (self.vocab_size, self.hidden_size),
         )
+
+    def all_matrix_shapes(self) -> set[tuple[int, int]]:
+        """Every shape of a packed matrix in the model."""
+        qkv, o, gate_up, down, head = self.matrix_shapes()
+        experts = self.experts
+        if experts is None:
+            return {qkv, o, gate_up, down, head}
+        sizes = {experts.intermediate_size, experts.shared_intermediate_size} - {0}
+        if experts.dense_layers:
+            sizes.add(self.intermediate_size)
+        inner = {(2 * size, self.hidden_size) for size in sizes} | {
+            (self.hidden_size, size) for size in sizes
+        }
+        return {qkv, o, head} | inner
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer has experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
     def group_size(self) -> int:

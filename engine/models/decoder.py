@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.models.attention import attend, attend_prefill
 from engine.models.config import ModelConfig
+from engine.models.feed_forward import FeedForward, MixtureOfExperts
 from engine.models.kv_cache import KVCache
 from engine.models.rope import RopeTable, rotate
 from engine.quantization.base import Linear
@@ -24,21 +25,35 @@ PREFILL_CHUNK = 256  # prompt tokens between two looks at the stop flag
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. ``qkv`` and ``gate_up`` are fused along the outputs."""
+    """One decoder layer. ``qkv`` is fused along the outputs."""
 
     attn_norm: Tensor  # [D]
     qkv: Linear  # [(Hq + 2 Hkv) hd, D]
     o: Linear  # [D, Hq hd]
     mlp_norm: Tensor  # [D]
-    gate_up: Linear  # [2 F, D]
-    down: Linear  # [D, F]
-    q_norm: Tensor | None = None  # [hd]
-    k_norm: Tensor | None = None  # [hd]
+    ffn: FeedForward | MixtureOfExperts
+    q_norm: Tensor | None = None  # [hd], or [Hq hd] over all heads
+    k_norm: Tensor | None = None  # [hd], or [Hkv hd]
+
+    @property
+    def dense(self) -> FeedForward:
+        """The feed-forward block of a layer without experts."""
+        assert isinstance(self.ffn, FeedForward)
+        return self.ffn
+
+    def matrices(self) -> tuple[Linear, ...]:
+        """All packed matrices."""
+        return self.qkv, self.o, *self.ffn.matrices()
+
+    def small_tensors(self) -> tuple[Tensor, ...]:
+        """Norms, routers and gates."""
+        found = (self.attn_norm, self.mlp_norm, self.q_norm, self.k_norm, *self.ffn.small_tensors())
+        return tuple(tensor for tensor in found if tensor is not None)
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """All weights of a dense decoder. ``embedding`` is ``[V, D]``, or the tied head itself."""
+    """All weights of a decoder. ``embedding`` is ``[V, D]``, or the tied head itself."""
 
     embedding: Tensor | Linear
     layers: tuple[LayerWeights, ...]
@@ -47,7 +62,7 @@ class DecoderWeights:
 
 
 class Decoder:
-    """A dense decoder-only transformer of the llama lineage."""
+    """A decoder-only transformer of the llama lineage."""
 
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, dtype: torch.dtype, device: torch.device
@@ -138,28 +153,29 @@ class Decoder:
         else:
             mixed = attend_prefill(q, keys, values, start, window)
         hidden = hidden + layer.o(mixed)
-        return hidden + self.mlp(index, rms_norm(hidden, layer.mlp_norm, config.norm_eps))
+        return hidden + layer.ffn(rms_norm(hidden, layer.mlp_norm, config.norm_eps))
 
     def project_qkv(self, index: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed ``x [B, T, D]`` -> rotated q ``[B, T, Hq, hd]``, rotated k and plain v ``[B, T, Hkv, hd]``."""
         layer, config = self.layers[index], self.config
-        heads = layer.qkv(x).view(*x.shape[:-1], -1, config.head_dim)
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
-        if layer.q_norm is not None and layer.k_norm is not None:
+        sizes = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
+        parts = layer.qkv(x).split(sizes, dim=-1)
+        if config.qk_norm_whole and layer.q_norm is not None and layer.k_norm is not None:
+            q, k, v = parts
+            q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
+            parts = (q, k, v)
+        if config.qkv_clip is not None:
+            parts = tuple(part.clamp(-config.qkv_clip, config.qkv_clip) for part in parts)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
+        if not config.qk_norm_whole and layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def mlp(self, index: int, x: Tensor) -> Tensor:
-        """SwiGLU on normed ``x [..., D]``."""
-        layer = self.layers[index]
-        gate, up = layer.gate_up(x).chunk(2, dim=-1)
-        return layer.down(F.silu(gate) * up)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads (the embedding table is only looked up)."""
-        linears = [m for layer in self.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        return sum(m.nbytes for m in linears) + self.weights.lm_head.nbytes
+        layers = sum(layer.qkv.nbytes + layer.o.nbytes + layer.ffn.step_bytes for layer in self.layers)
+        return layers + self.weights.lm_head.nbytes
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from engine.errors import ModelFileError, UnsupportedModelError
-from engine.models.config import ModelConfig, RopeConfig
+from engine.models.config import ExpertConfig, ModelConfig, Multipliers, RopeConfig
 
 
 def config_from_hf(raw: dict[str, Any]) -> ModelConfig:
@@ -88,4 +89,59 @@ def _qwen3(raw: dict[str, Any]) -> ModelConfig:
     return _common(raw, qkv_bias=bias, output_bias=bias, qk_norm=True, sliding_windows=_windows(raw))
 
 
-_FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+def _experts(raw: dict[str, Any], size: int, normalize: bool, **fields: Any) -> ExpertConfig:
+    count = raw.get("num_experts") or raw["num_local_experts"]
+    return ExpertConfig(count, raw["num_experts_per_tok"], size, normalize, **fields)
+
+
+def _dense_layers(raw: dict[str, Any]) -> frozenset[int]:
+    step, named = raw.get("decoder_sparse_step", 1), raw.get("mlp_only_layers") or ()
+    return frozenset(n for n in range(raw["num_hidden_layers"]) if n in named or (n + 1) % step)
+
+
+def _mixtral(raw: dict[str, Any]) -> ModelConfig:
+    return replace(_mistral(raw), experts=_experts(raw, raw["intermediate_size"], True))
+
+
+def _olmoe(raw: dict[str, Any]) -> ModelConfig:
+    bias = raw.get("attention_bias", False)
+    experts = _experts(raw, raw["intermediate_size"], raw.get("norm_topk_prob", False))
+    return _common(
+        raw, qkv_bias=bias, output_bias=bias, qk_norm=True, qk_norm_whole=True, qkv_clip=raw.get("clip_qkv"),
+        norm_eps=raw.get("rms_norm_eps", 1e-5), experts=experts,
+    )  # fmt: skip
+
+
+def _qwen2_moe(raw: dict[str, Any]) -> ModelConfig:
+    experts = _experts(
+        raw, raw["moe_intermediate_size"], raw.get("norm_topk_prob", False),
+        shared_intermediate_size=raw["shared_expert_intermediate_size"], dense_layers=_dense_layers(raw),
+    )  # fmt: skip
+    return replace(_qwen2(raw), qkv_bias=raw.get("qkv_bias", True), experts=experts)
+
+
+def _qwen3_moe(raw: dict[str, Any]) -> ModelConfig:
+    normalize = raw.get("norm_topk_prob", False)
+    experts = _experts(raw, raw["moe_intermediate_size"], normalize, dense_layers=_dense_layers(raw))
+    return replace(_qwen3(raw), experts=experts)
+
+
+def _granitemoe(raw: dict[str, Any]) -> ModelConfig:
+    bias = raw.get("attention_bias", False)
+    # The softmax of the best logits is what the renormalised softmax of all is.
+    config = _common(
+        raw, qkv_bias=bias, output_bias=bias, experts=_experts(raw, raw["intermediate_size"], True)
+    )
+    multipliers = Multipliers(
+        embedding=raw.get("embedding_multiplier", 1.0),
+        query=raw.get("attention_multiplier", 1.0) * config.head_dim**0.5,
+        residual=raw.get("residual_multiplier", 1.0),
+        logits=1 / raw.get("logits_scaling", 1.0),
+    )
+    return replace(config, multipliers=multipliers)
+
+
+_FAMILIES = {
+    "llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "mixtral": _mixtral, "olmoe": _olmoe,
+    "qwen2_moe": _qwen2_moe, "qwen3_moe": _qwen3_moe, "granitemoe": _granitemoe,
+}  # fmt: skip

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelFileError, UnsupportedModelError
-from engine.models.config import ModelConfig, RopeConfig
+from engine.models.config import ExpertConfig, ModelConfig, Multipliers, RopeConfig
+from engine.models.expert_names import split_index
 from engine.models.gguf_header import TensorEntry, read_header
 from engine.quantization.base import GroupQuantized
 
@@ -54,6 +55,14 @@ def _locate(entry: TensorEntry, file: np.ndarray) -> GgufTensor:
     return GgufTensor(entry.shape, kind, rows.reshape(*reversed(entry.shape[1:]), -1))
 
 
+# Architecture in GGUF -> in transformers, and whether its chosen experts' weights are normalised (llama.cpp's rule
+# where the file does not say).
+_ARCHITECTURES = {
+    "llama": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False), "olmoe": ("olmoe", False),
+    "qwen2moe": ("qwen2_moe", False), "qwen3moe": ("qwen3_moe", True), "granitemoe": ("granitemoe", True),
+}  # fmt: skip
+
+
 class GgufFile:
     """An opened, checked ``.gguf`` file, memory-mapped.
 
@@ -79,9 +88,26 @@ class GgufFile:
             value = value.tolist()
         return default if value is None else value
 
+    def find(self, name: str) -> GgufTensor:
+        """The tensor ``name``, or, of ``name[3]``, that matrix of a stack.
+
+        Raises:
+            ModelFileError: there are not so many.
+        """
+        whole, index = split_index(name)
+        tensor = self.tensors[whole]
+        if index is None:
+            return tensor
+        if len(tensor.shape) != 3 or index >= tensor.shape[2]:
+            raise ModelFileError(
+                f"{self.path.name} holds {whole} in the shape {tensor.shape}, too small for expert {index}; "
+                "download it again."
+            )
+        return GgufTensor(tensor.shape[:2], tensor.tensor_type, tensor.data[index])
+
     def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The tensor as ``dtype`` (a copy), in row-major ``[N, K]``."""
-        values = torch.empty(tuple(reversed(self.tensors[name].shape)), dtype=dtype)
+        values = torch.empty(tuple(reversed(self.find(name).shape)), dtype=dtype)
         start = 0
         for piece in self.pieces(name):  # a piece at a time in float32
             values[start : start + len(piece)] = piece
@@ -92,7 +118,7 @@ class GgufFile:
         """The tensor in pieces of its rows, in order, float32."""
         import gguf
 
-        tensor = self.tensors[name]
+        tensor = self.find(name)
         inner = tensor.shape[-2::-1]  # of one row of rows
         try:
             for start in range(0, len(tensor.data), _ROWS_AT_ONCE):
@@ -110,7 +136,7 @@ class GgufFile:
 
     def groups(self, name: str) -> GroupQuantized | None:
         """4-bit groups of a Q4_0, Q4_1 or Q4_K matrix, code by code; None for other types."""
-        tensor = self.tensors[name]
+        tensor = self.find(name)
         unpack = _UNPACKERS.get(tensor.tensor_type.name)
         if unpack is None:
             return None
@@ -166,7 +192,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         ModelFileError: metadata are missing.
     """
     arch = file.get("general.architecture")
-    if arch not in ("llama", "qwen2", "qwen3"):
+    if arch not in _ARCHITECTURES:
         raise UnsupportedModelError(
             f"{file.path.name} is a {arch} model, which this version cannot run from GGUF."
         )
@@ -181,14 +207,13 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelFileError(f"{file.path.name} lacks its embedding table; download it again.")
-    if int(file.get(f"{arch}.expert_count", 0)):
-        raise UnsupportedModelError(
-            f"{file.path.name} is a mixture of experts, which this version cannot run."
-        )
     layers = int(need("block_count"))
     window = file.get(f"{arch}.attention.sliding_window")
+    clip = file.get(f"{arch}.attention.clamp_kqv")
+    experts = _experts_from_gguf(file, arch, need) if int(file.get(f"{arch}.expert_count", 0)) else None
+    kind = _ARCHITECTURES[arch][0]
     return ModelConfig(
-        model_type=arch,
+        model_type="mixtral" if experts is not None and kind == "llama" else kind,
         hidden_size=hidden,
         intermediate_size=int(need("feed_forward_length")),
         num_layers=layers,
@@ -204,7 +229,43 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
         output_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_gate.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        qk_norm_whole=arch == "olmoe",
+        qkv_clip=float(clip) if clip else None,
         sliding_windows=(int(window),) * layers if window else (),
+        experts=experts,
+        multipliers=_multipliers_from_gguf(file, arch),
+    )
+
+
+def _experts_from_gguf(file: GgufFile, arch: str, need: Callable[[str], Any]) -> ExpertConfig:
+    normalize = file.get(f"{arch}.expert_weights_norm")
+    return ExpertConfig(
+        num_experts=int(need("expert_count")),
+        num_experts_per_tok=int(need("expert_used_count")),
+        intermediate_size=int(
+            file.get(f"{arch}.expert_feed_forward_length", 0) or need("feed_forward_length")
+        ),
+        normalize_weights=_ARCHITECTURES[arch][1] if normalize is None else bool(normalize),
+        shared_intermediate_size=int(file.get(f"{arch}.expert_shared_feed_forward_length", 0)),
+        dense_layers=frozenset(
+            layer
+            for layer in range(int(need("block_count")))
+            if f"blk.{layer}.ffn_gate_inp.weight" not in file.tensors
+        ),
+    )
+
+
+def _multipliers_from_gguf(file: GgufFile, arch: str) -> Multipliers:
+    """Only Granite's files have them."""
+    if arch != "granitemoe":
+        return Multipliers()
+    head_dim = int(file.get(f"{arch}.embedding_length")) // int(file.get(f"{arch}.attention.head_count"))
+    head_dim = int(file.get(f"{arch}.attention.key_length", head_dim))
+    return Multipliers(
+        embedding=float(file.get(f"{arch}.embedding_scale", 1.0)),
+        query=float(file.get(f"{arch}.attention.scale", head_dim**-0.5)) * head_dim**0.5,
+        residual=float(file.get(f"{arch}.residual_scale", 1.0)),
+        logits=1 / float(file.get(f"{arch}.logit_scale", 1.0)),
     )
 
 
@@ -242,6 +303,14 @@ def hf_names(num_layers: int) -> dict[str, str]:
         "mlp.gate_proj": "ffn_gate",
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
+        "mlp.gate": "ffn_gate_inp",
+        "mlp.experts.gate_proj": "ffn_gate_exps",  # these three are stacks
+        "mlp.experts.up_proj": "ffn_up_exps",
+        "mlp.experts.down_proj": "ffn_down_exps",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     }
     for layer in range(num_layers):
         for hf, ggml in parts.items():

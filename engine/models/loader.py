@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from engine.errors import ModelFileError, OutOfMemoryError, UnsupportedModelErro
 from engine.models.checkpoint import Checkpoint, open_checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from engine.models.feed_forward import FeedForward, MixtureOfExperts
 from engine.quantization import GroupQuantized, Linear, WeightFormat, get_format
 from engine.quantization.int4 import quantize_groups
 
@@ -44,6 +46,9 @@ def load_decoder(
     return Decoder(checkpoint.config, weights, fmt.activation_dtype, target)
 
 
+Scale: TypeAlias = Tensor | None  # a factor for each output of a matrix
+
+
 class _Packer:
     """Reads, fuses and packs the matrices of one checkpoint."""
 
@@ -62,64 +67,114 @@ class _Packer:
         for index in range(config.num_layers):
             layers.append(self._layer(index, config))
             on_progress((index + 2) / steps)
-        return DecoderWeights(
-            embedding, tuple(layers), self._vector("model.norm.weight", config.hidden_size), lm_head
-        )
+        final_norm = self._vector("model.norm.weight", config.hidden_size) * config.multipliers.logits
+        return DecoderWeights(embedding, tuple(layers), final_norm, lm_head)
 
     def _layer(self, index: int, config: ModelConfig) -> LayerWeights:
         prefix = f"model.layers.{index}."
         qkv, o, gate_up, down, _ = config.matrix_shapes()
+        scales = config.multipliers
 
-        def fused(shape: tuple[int, int], has_bias: bool, *parts: str) -> Linear:
+        def fused(shape: tuple[int, int], has_bias: bool, *parts: str, scale: Scale = None) -> Linear:
             names = [f"{prefix}{part}" for part in parts]
             if not has_bias and f"{names[0]}.bias" not in self._checkpoint:
-                return self._pack([f"{name}.weight" for name in names], [], shape)
-            return self._pack([f"{n}.weight" for n in names], [f"{n}.bias" for n in names], shape)
+                return self._pack([f"{name}.weight" for name in names], [], shape, scale)
+            return self._pack([f"{n}.weight" for n in names], [f"{n}.bias" for n in names], shape, scale)
 
         def norm(part: str, size: int) -> Tensor:
             return self._vector(f"{prefix}{part}.weight", size)
 
+        def feed_forward() -> FeedForward:
+            return FeedForward(
+                fused(gate_up, config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
+                fused(down, config.mlp_bias, "mlp.down_proj", scale=_scale(scales.residual, down)),
+            )
+
         qkv_parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        q_size, k_size = (queries, keys) if config.qk_norm_whole else (config.head_dim, config.head_dim)
         return LayerWeights(
             attn_norm=norm("input_layernorm", config.hidden_size),
-            qkv=fused(qkv, config.qkv_bias, *qkv_parts),
-            o=fused(o, config.output_bias, "self_attn.o_proj"),
+            qkv=fused(qkv, config.qkv_bias, *qkv_parts, scale=_scale(scales.query, qkv, queries)),
+            o=fused(o, config.output_bias, "self_attn.o_proj", scale=_scale(scales.residual, o)),
             mlp_norm=norm("post_attention_layernorm", config.hidden_size),
-            gate_up=fused(gate_up, config.mlp_bias, "mlp.gate_proj", "mlp.up_proj"),
-            down=fused(down, config.mlp_bias, "mlp.down_proj"),
-            q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
-            k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
+            ffn=self._experts(prefix, config) if config.is_sparse(index) else feed_forward(),
+            q_norm=norm("self_attn.q_norm", q_size) if config.qk_norm else None,
+            k_norm=norm("self_attn.k_norm", k_size) if config.qk_norm else None,
         )
 
-    def _pack(self, names: list[str], bias_names: list[str], shape: tuple[int, int]) -> Linear:
-        """Pack the matrices ``names``, joined along their outputs to ``shape``."""
+    def _experts(self, prefix: str, config: ModelConfig) -> MixtureOfExperts:
+        experts, names, hidden = config.experts, self._checkpoint.expert_names, config.hidden_size
+        assert experts is not None and names is not None
+
+        def block(gate_up: tuple[str, ...], down: str, size: int) -> FeedForward:
+            wide, narrow = (2 * size, hidden), (hidden, size)
+            return FeedForward(
+                self._pack([prefix + name for name in gate_up], [], wide),
+                self._pack([prefix + down], [], narrow, _scale(config.multipliers.residual, narrow)),
+            )
+
+        def routed(number: int) -> FeedForward:
+            gate_up = tuple(name.format(number) for name in names.gate_up)
+            return block(gate_up, names.down.format(number), experts.intermediate_size)
+
+        shared = shared_gate = None
+        if size := experts.shared_intermediate_size:
+            part = "mlp.shared_expert."
+            shared = block(
+                (f"{part}gate_proj.weight", f"{part}up_proj.weight"), f"{part}down_proj.weight", size
+            )
+            if config.model_type == "qwen2_moe":
+                shared_gate = self._plain(f"{prefix}mlp.shared_expert_gate.weight", (1, hidden))
+        return MixtureOfExperts(
+            experts, self._plain(prefix + names.router, (experts.num_experts, hidden)),
+            tuple(routed(number) for number in range(experts.num_experts)), shared, shared_gate,
+        )  # fmt: skip
+
+    def _plain(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """A small matrix that is not packed."""
+        matrix = self._checkpoint.tensor(name, self._format.activation_dtype)
+        if matrix.dim() == 1:  # llama.cpp leaves a dimension of one out
+            matrix = matrix[None]
+        _check_shape([name], [matrix], shape)
+        return matrix.to(self._device)
+
+    def _pack(
+        self, names: list[str], bias_names: list[str], shape: tuple[int, int], scale: Scale = None
+    ) -> Linear:
+        """Pack the matrices ``names``, joined along their outputs to ``shape``, each output times its scale."""
         checkpoint = self._checkpoint
         weight: Tensor | GroupQuantized
         if self._format.name == "int4" and self._format.misfit(*shape) is None:
             # Files mix types: what is stored in 4-bit groups goes in as it is, and only the rest is rounded.
             known = [checkpoint.groups(name) or quantize_groups(checkpoint.pieces(name)) for name in names]
             _check_shape(names, [group.codes for group in known], shape)
+            factor = 1.0 if scale is None else scale[:, None]
             weight = GroupQuantized(
                 torch.cat([g.codes for g in known]),
-                torch.cat([g.scale for g in known]),
-                torch.cat([g.minimum for g in known]),
+                torch.cat([g.scale for g in known]) * factor,
+                torch.cat([g.minimum for g in known]) * factor,
             )
         else:
             parts = [checkpoint.tensor(name) for name in names]
             _check_shape(names, parts, shape)
             weight = torch.cat(parts) if len(parts) > 1 else parts[0]  # one is not copied: a head is large
             del parts
+            if scale is not None:
+                weight = (weight.float() * scale[:, None]).to(weight.dtype)
         bias = None
         if bias_names:
             biases = [checkpoint.tensor(name).float() for name in bias_names]
             _check_shape(bias_names, biases, shape[:1])
-            bias = torch.cat(biases)
+            bias = torch.cat(biases) if scale is None else torch.cat(biases) * scale
         return self._format.pack(weight, bias, self._device)
 
     def _table(self) -> Tensor:
         config, name = self._checkpoint.config, "model.embed_tokens.weight"
         table = self._checkpoint.tensor(name, self._format.activation_dtype)
         _check_shape([name], [table], (config.vocab_size, config.hidden_size))
+        if config.multipliers.embedding != 1.0:
+            table = (table.float() * config.multipliers.embedding).to(table.dtype)
         return table.to(self._device)
 
     def _vector(self, name: str, size: int) -> Tensor:
@@ -127,6 +182,15 @@ class _Packer:
         vector = self._checkpoint.tensor(name)
         _check_shape([name], [vector], (size,))
         return vector.to(device=self._device, dtype=wide)
+
+
+def _scale(factor: float, shape: tuple[int, int], rows: int | None = None) -> Scale:
+    """``factor`` for the first ``rows`` outputs (None: all) of a matrix, 1 for the others; None if it is 1."""
+    if factor == 1.0:
+        return None
+    scale = torch.ones(shape[0])
+    scale[:rows] = factor
+    return scale
 
 
 def _check_shape(names: list[str], parts: list[Tensor], shape: tuple[int, ...]) -> None:

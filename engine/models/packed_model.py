@@ -1,6 +1,6 @@
 """Packed weights kept on disk, so that a model that was loaded before is mapped instead of packed again.
 
-Only for CPU formats that take long to pack. The files are named after all that they are made from, and are
+Only for dense models in CPU formats that take long to pack. The files are named after all that they are made from, and are
 the cache folder's: whoever deletes one loses time alone.
 """
 
@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from engine import paths
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
+from engine.models.feed_forward import FeedForward
 from engine.quantization import get_format
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Linear
@@ -29,11 +29,11 @@ from engine.quantization.int4_layout import int4_block
 from engine.quantization.int8 import Int8Linear
 from engine.quantization.packed_file import map_packed, write_packed
 
+_LAYER_MATRICES = ("qkv", "o", "gate_up", "down")  # in the order of LayerWeights.matrices
 _log = logging.getLogger(__name__)
 _FORMATS = ("int4", "int8")
 _WORTH_KEEPING = 1 << 24  # bytes; smaller models are packed in no time
 _SHARE_OF_DISK = 0.1  # of what is free or ours, which the files may take
-_LAYER_MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 class PackedModel:
@@ -41,7 +41,7 @@ class PackedModel:
 
     def __init__(self, source: Path, weight_format: str, device: str) -> None:
         self._format, self._device = weight_format, torch.device(device)
-        self._wanted = weight_format in _FORMATS and self._device.type == "cpu"
+        self._possible = weight_format in _FORMATS and self._device.type == "cpu"
         key = f"{source.resolve()} {weight_format} {torch.__version__} {int4_block()} {_state(source)}"
         folder = Path(__file__).parents[1]
         digest = hashlib.sha256(key.encode())
@@ -53,7 +53,7 @@ class PackedModel:
 
     def decoder(self, config: ModelConfig) -> Decoder | None:
         """The model with the kept weights; None if there are none."""
-        if not self._wanted:
+        if not self._possible or config.experts is not None:
             return None
         try:
             tensors, about = map_packed(self._file)
@@ -70,7 +70,7 @@ class PackedModel:
 
     def keep(self, decoder: Decoder) -> None:
         """Keep the decoder's weights, if there is room. A model runs as well without."""
-        if not self._wanted or self._file.exists():
+        if not self._possible or decoder.config.experts is not None or self._file.exists():
             return
         tensors, about = _to_tensors(decoder.weights)
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -106,7 +106,7 @@ def _state(source: Path) -> str:
 def _matrices(weights: DecoderWeights) -> Iterator[tuple[str, Linear]]:
     yield "lm_head", weights.lm_head
     for index, layer in enumerate(weights.layers):
-        yield from ((f"{index}.{name}", getattr(layer, name)) for name in _LAYER_MATRICES)
+        yield from zip((f"{index}.{name}" for name in _LAYER_MATRICES), layer.matrices(), strict=True)
 
 
 def _to_tensors(weights: DecoderWeights) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
@@ -141,10 +141,11 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict[str, list[int]], num_l
         return Int4Linear(packed, scales, in_features, out_features, bias, interleaved)
 
     def layer(index: int) -> LayerWeights:
-        parts: dict[str, Any] = {name: matrix(f"{index}.{name}") for name in _LAYER_MATRICES}
+        qkv, o, gate_up, down = (matrix(f"{index}.{name}") for name in _LAYER_MATRICES)
         return LayerWeights(
-            **{f.name: tensors.get(f"{index}.{f.name}") for f in fields(LayerWeights)} | parts
-        )
+            tensors[f"{index}.attn_norm"], qkv, o, tensors[f"{index}.mlp_norm"], FeedForward(gate_up, down),
+            tensors.get(f"{index}.q_norm"), tensors.get(f"{index}.k_norm"),
+        )  # fmt: skip
 
     layers = tuple(layer(index) for index in range(num_layers))
     return DecoderWeights(tensors["embedding"], layers, tensors["final_norm"], matrix("lm_head"))

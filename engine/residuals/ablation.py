@@ -184,7 +184,7 @@ def draft_cost(decoder: Decoder, config: AcceleratorConfig) -> dict[str, float]:
     """
     model = decoder.config
     layer = decoder.layers[0]
-    per_layer = sum(m.in_features * m.out_features for m in (layer.qkv, layer.o, layer.gate_up, layer.down))
+    per_layer = sum(m.in_features * m.out_features for m in layer.matrices())
     hidden, heads, inner = model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size
     adapters = config.depth * config.rank * (2 * (hidden + heads) + (hidden + 2 * inner) + (inner + hidden))
     maps = hidden * hidden * (3 if config.conditioned else 1)

@@ -116,9 +116,9 @@ class Accelerator(nn.Module):
         layer, adapters = decoder.layers[index], self.adapters(index)
         state = state + layer.o(attended) + adapters.o(attended)
         x = rms_norm(state, layer.mlp_norm, self.model.norm_eps)
-        gate, up = (layer.gate_up(x) + adapters.gate_up(x)).chunk(2, dim=-1)
+        gate, up = (layer.dense.gate_up(x) + adapters.gate_up(x)).chunk(2, dim=-1)
         inner = F.silu(gate) * up
-        return state + layer.down(inner) + adapters.down(inner)
+        return state + layer.dense.down(inner) + adapters.down(inner)
 
     def adapters(self, index: int) -> LayerAdapters:
         return cast(LayerAdapters, self.layers[index])

@@ -120,7 +120,7 @@ def _prefill(decoder: Decoder, cache: KVCache, rows: slice, tokens: Tensor) -> N
         cache.values[index][rows, :, : tokens.shape[1]] = v.transpose(1, 2)
         hidden = hidden + layer.o(causal_attention(q, k, v))
         x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
-        hidden = hidden + decoder.mlp(index, x)
+        hidden = hidden + decoder.layers[index].ffn(x)
 
 
 def _decode_rows(
@@ -145,7 +145,7 @@ def _decode_rows(
         )
         hidden = hidden + layer.o(mixed.reshape(q.shape[0], 1, -1))
         x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
-        hidden = hidden + decoder.mlp(index, x)
+        hidden = hidden + decoder.layers[index].ffn(x)
     return decoder.logits(hidden)[:, 0]
 
 

@@ -110,11 +110,11 @@ class TorchDrafter:
         out[:, 1:] += adapters.o(attended[:, 1:])
         rows = rows + out
         x = rms_norm(rows, layer.mlp_norm, config.norm_eps)
-        wide = layer.gate_up(x)
+        wide = layer.dense.gate_up(x)
         wide[:, 1:] += adapters.gate_up(x[:, 1:])
         gate, up = wide.chunk(2, dim=-1)
         inner = F.silu(gate) * up
-        out = layer.down(inner)
+        out = layer.dense.down(inner)
         out[:, 1:] += adapters.down(inner[:, 1:])
         return rows + out
 

@@ -98,7 +98,7 @@ def _slow_layer(
     q, k, v = decoder.project_qkv(index, x, cos, sin)
     hidden = hidden + layer.o(causal_attention(q, k, v))
     x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
-    return hidden + decoder.mlp(index, x), k, v
+    return hidden + decoder.layers[index].ffn(x), k, v
 
 
 def travel(accelerator: Accelerator, decoder: Decoder, teacher: Teacher, condition: Tensor | None) -> Tensor:

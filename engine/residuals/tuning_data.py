@@ -234,7 +234,7 @@ def data_name(decoder: Decoder, model_file: str, prompts: Prompts, config: DataC
 
 def num_weights(decoder: Decoder) -> int:
     """Weights that one token passes through."""
-    matrices = [m for layer in decoder.layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    matrices = [m for layer in decoder.layers for m in layer.matrices()]
     return sum(m.in_features * m.out_features for m in (*matrices, decoder.weights.lm_head))
 
 

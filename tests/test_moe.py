@@ -1,0 +1,118 @@
+"""Mixture-of-experts models: logits against transformers', and rows that do not depend on each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import doctor
+from engine.errors import ModelFileError
+from engine.kernels import fused_unavailable
+from engine.loading import load_session
+from engine.models.feed_forward import MixtureOfExperts
+from engine.models.loader import load_decoder
+from engine.models.stepper import TorchStepper
+from engine.requests import GenerationRequest
+from tests import tiny
+from tests.test_models import (  # noqa: F401  (the same tests, on the cases below)
+    Case,
+    run,
+    test_layer_ranges_compose,
+    test_prefill,
+    test_ragged_chunks_after_a_rollback,
+    test_step_by_step,
+)
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in tiny.MOE_FAMILIES},
+    "mixtral, window": ("mixtral", {"sliding_window": 48}),
+    "olmoe, normalised weights and clipped": ("olmoe", {"norm_topk_prob": True, "clip_qkv": 1.5}),
+    "olmoe, biases": ("olmoe", {"attention_bias": True}),
+    "qwen2_moe, dense layers": ("qwen2_moe", {"mlp_only_layers": [0], "norm_topk_prob": True}),
+    "qwen3_moe, every second layer": ("qwen3_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    "granitemoe, biases": ("granitemoe", {"attention_bias": True}),
+    "granitemoe, one expert": ("granitemoe", {"num_experts_per_tok": 1}),
+    "mixtral, all experts": ("mixtral", {"num_experts_per_tok": 8}),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("model") / "tiny", *CASES[request.param])
+
+
+@pytest.fixture
+def stepper(case: Case) -> TorchStepper:
+    assert fused_unavailable(case.decoder) == "they run dense models."
+    return TorchStepper(case.decoder)
+
+
+@pytest.fixture(scope="module", params=tiny.MOE_FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model") / request.param, request.param)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int4", "int8", "bf16"])
+def test_a_row_does_not_depend_on_the_others(folder: Path, name: str) -> None:
+    """Experts are shared by whichever rows ask for them."""
+    layer = next(la for la in load_decoder(folder, name).layers if isinstance(la.ffn, MixtureOfExperts))
+    dtype = torch.float32 if name == "fp32" else torch.bfloat16
+    rows = torch.randn(9, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    together = layer.ffn(rows)
+    alone = torch.cat([layer.ffn(row[None]) for row in rows])
+    if name == "int4":
+        assert torch.equal(together, alone)
+    else:
+        torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "bf16"])
+def test_quantized_experts_stay_close(folder: Path, name: str) -> None:
+    exact, packed = load_decoder(folder, "fp32"), load_decoder(folder, name)
+    for one, other in zip(exact.layers, packed.layers, strict=True):
+        for matrix, quantized in zip(one.matrices(), other.matrices(), strict=True):
+            wanted = matrix.dequantize()
+            error = (quantized.dequantize() - wanted).norm() / wanted.norm()
+            assert error < {"int4": 0.12, "int8": 0.01, "bf16": 0.005}[name]
+
+
+def test_a_session_runs_and_says_what_it_holds(folder: Path) -> None:
+    session = load_session("tiny", folder, "auto", "cpu")
+    assert session.info.methods == ("plain",) and session.info.kernel == "torch"
+    assert session.info.num_parameters == sum(
+        parameter.numel() for parameter in tiny.build_model(folder.name).parameters()
+    )
+    dense_bytes = sum(m.nbytes for la in session.backend.decoder.layers for m in la.matrices())  # type: ignore[attr-defined]
+    assert session.info.weight_bytes < dense_bytes  # a step reads some of the experts alone
+    generation = session.stream_generate(
+        GenerationRequest(prompt_ids=(5, 6, 7), max_new_tokens=5, ignore_eos=True)
+    )
+    assert sum(len(each.pieces) for each in generation) == 5
+    report = doctor.examine_model(str(folder), "cpu")
+    layers = session.backend.decoder.layers  # type: ignore[attr-defined]
+    matrices = sum(m.in_features * m.out_features for layer in layers for m in layer.matrices())
+    tied = folder.name not in ("mixtral", "olmoe")
+    assert report.architecture == folder.name
+    assert report.num_parameters == matrices + tiny.vocab_size() * 64 * (1 if tied else 2)
+
+
+def test_missing_and_misshapen_experts_are_named(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tiny.save_model(tmp_path / "broken", folder.name)
+    weights = load_file(broken / "model.safetensors")
+    name = next(
+        key
+        for key in sorted(weights)
+        if "experts.7.down" in key or "output_linear" in key or "experts.7.w2" in key
+    )
+    short = weights[name][:-1].contiguous()
+    save_file({**weights, name: short}, broken / "model.safetensors")
+    with pytest.raises(ModelFileError, match="download"):
+        load_decoder(broken, "fp32")
+    save_file({key: value for key, value in weights.items() if key != name}, broken / "model.safetensors")
+    with pytest.raises(ModelFileError, match="lacks the weight"):
+        load_decoder(broken, "fp32")
