@@ -73,6 +73,31 @@ def test_code_that_cannot_be_kept_runs_all_the_same(
     native._write(native._folder() / "x.o", {"work": ("_work", b"abc")})
 
 
+def test_the_compiler_has_a_process_of_its_own(
+    slipstream_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where that cannot be had, or leaves nothing, the code is compiled here."""
+    kept = {"work": ("_work", b"abc"), "publish": ("_publish", b"de")}
+    here: list[Kinds] = []
+    monkeypatch.setattr(native, "_link", lambda symbol, code, arguments: (symbol, code))
+    monkeypatch.setattr(native, "_compile", lambda kinds: here.append(kinds) or kept)
+    load = native.load_program.__wrapped__
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(native.subprocess, "run", refuse)
+    assert load(KINDS).work == ("_work", b"abc") and here == [KINDS]
+
+    def compile_apart(command: list[str], **options: Any) -> Any:
+        assert command[1:] == ["-m", "engine.kernels.native", KINDS.weights, KINDS.cache, KINDS.draft_head]
+        native._write(native._file(KINDS), kept)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(native.subprocess, "run", compile_apart)
+    assert load(KINDS).publish == ("_publish", b"de") and here == [KINDS]
+
+
 def test_torch_without_shapes_works_as_ever(tmp_path: Path) -> None:
     code = f"""
 import sys

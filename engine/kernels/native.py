@@ -12,15 +12,17 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger(__name__)
+_TIMEOUT = 600.0  # seconds; it takes half a minute on two slow cores
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,44 @@ class Program:
 @cache
 def load_program(kinds: Kinds) -> Program:
     """The code for ``kinds``, once for the process."""
-    file = _folder() / f"{kinds.weights}-{kinds.cache}-{kinds.draft_head}.o"
+    file = _file(kinds)
     objects = _read(file)
+    if objects is None and _compile_apart(kinds):
+        objects = _read(file)
     if objects is None:
-        from engine.kernels.program import native_code
-
-        _register_symbols()
-        objects = native_code(kinds)
-        _write(file, objects)
+        objects = _compile(kinds)
     return Program(_link(*objects["work"], 3), _link(*objects["publish"], 1))
+
+
+def _file(kinds: Kinds) -> Path:
+    return _folder() / f"{kinds.weights}-{kinds.cache}-{kinds.draft_head}.o"
+
+
+def _compile_apart(kinds: Kinds) -> bool:
+    """Compile in a process of its own: here it would hold the interpreter lock, and 200 MB to the end."""
+    command = [sys.executable, "-m", "engine.kernels.native", *astuple(kinds)]
+    quiet = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # on Windows
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=_TIMEOUT,
+            creationflags=quiet,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("the kernels could not be compiled apart: %s", error)
+        return False
+    if done.returncode:
+        _log.warning("the kernels could not be compiled apart: %s", done.stderr)
+    return done.returncode == 0
+
+
+def _compile(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
+    """Compile, and keep what came out if possible."""
+    from engine.kernels.program import native_code
+
+    _register_symbols()
+    objects = native_code(kinds)
+    _write(_file(kinds), objects)
+    return objects
 
 
 def _folder() -> Path:
@@ -136,3 +167,7 @@ def _link(symbol: str, code: bytes, arguments: int) -> Callable[..., None]:
         native(_NOWHERE, _NOWHERE + 8, *values)
 
     return call
+
+
+if __name__ == "__main__":
+    _compile(Kinds(*sys.argv[1:]))
