@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from engine import doctor
-from engine.errors import ModelFileError
+from engine.errors import ModelFileError, UnsupportedModelError
 from engine.kernels import fused_unavailable
 from engine.loading import load_session
+from engine.models.checkpoint import open_checkpoint
 from engine.models.feed_forward import MixtureOfExperts
 from engine.models.loader import load_decoder
 from engine.models.stepper import TorchStepper
 from engine.requests import GenerationRequest
+from engine.residuals.tuning import TuneRequest, tune
 from tests import tiny
 from tests.test_models import (  # noqa: F401  (the same tests, on the cases below)
     Case,
@@ -69,6 +71,18 @@ def test_a_row_does_not_depend_on_the_others(folder: Path, name: str) -> None:
         torch.testing.assert_close(together, alone)
 
 
+def test_int4_rows_are_the_same_in_any_company(folder: Path) -> None:
+    """Through all layers, to the last bit: what lossless verification of drafts will stand on."""
+    stepper = TorchStepper(load_decoder(folder, "int4"))
+    ids = torch.randint(3, tiny.vocab_size(), (40,), generator=torch.Generator().manual_seed(3))
+    caches = [stepper.decoder.new_cache(64) for _ in range(2)]
+    for cache in caches:
+        stepper.prefill(ids[:24].tolist(), cache)
+    together = run(stepper, ids[24:], caches[0], 24)
+    alone = torch.cat([run(stepper, ids[at : at + 1], caches[1], at) for at in range(24, 40)])
+    assert torch.equal(together, alone)
+
+
 @pytest.mark.parametrize("name", ["int4", "int8", "bf16"])
 def test_quantized_experts_stay_close(folder: Path, name: str) -> None:
     exact, packed = load_decoder(folder, "fp32"), load_decoder(folder, name)
@@ -97,6 +111,22 @@ def test_a_session_runs_and_says_what_it_holds(folder: Path) -> None:
     tied = folder.name not in ("mixtral", "olmoe")
     assert report.architecture == folder.name
     assert report.num_parameters == matrices + tiny.vocab_size() * 64 * (1 if tied else 2)
+
+
+@pytest.mark.parametrize("chosen", [0, 9])
+def test_a_description_that_cannot_be_is_refused(folder: Path, tmp_path: Path, chosen: int) -> None:
+    import json
+
+    broken = tiny.save_model(tmp_path / "broken", folder.name)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": chosen}))
+    with pytest.raises(ModelFileError, match=f"{chosen} of 8 experts"):
+        open_checkpoint(broken)
+
+
+def test_tuning_says_that_it_is_for_dense_models(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="dense models only"):
+        tune(TuneRequest(source=str(folder), out=tmp_path / "x.safetensors"), tmp_path / "work")
 
 
 def test_missing_and_misshapen_experts_are_named(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.errors import ModelFileError
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -30,6 +32,13 @@ class ExpertConfig:
     normalize_weights: bool  # the chosen experts' probabilities are scaled to sum to 1
     shared_intermediate_size: int = 0  # of an expert that every token goes through; 0: none
     dense_layers: frozenset[int] = frozenset()  # layers with a plain feed-forward block
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_experts_per_tok <= self.num_experts or self.intermediate_size < 1:
+            raise ModelFileError(
+                f"The model's description chooses {self.num_experts_per_tok} of {self.num_experts} experts of size "
+                f"{self.intermediate_size}; download the model again."
+            )
 
     @property
     def total_size(self) -> int:

@@ -62,13 +62,13 @@ class MixtureOfExperts:
         if self.shared is not None:
             shared = self.shared(rows)
             if self.shared_gate is not None:
-                shared = F.sigmoid(F.linear(rows, self.shared_gate)) * shared
+                shared = F.sigmoid(_each_row(rows, self.shared_gate)) * shared
             out = out + shared
         return out.view(x.shape)
 
     def route(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, D]`` -> the weights (in the dtype of ``rows``) and numbers of the experts, each ``[T, k]``."""
-        logits = F.linear(rows, self.router)
+        logits = _each_row(rows, self.router)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         weights, chosen = wide.softmax(dim=-1).topk(self.config.num_experts_per_tok, dim=-1)
         if self.config.normalize_weights:
@@ -92,3 +92,9 @@ class MixtureOfExperts:
         routed = sum(expert.step_bytes for expert in self.experts) * self.config.num_experts_per_tok
         always = self.router.nbytes + (self.shared.step_bytes if self.shared is not None else 0)
         return routed // len(self.experts) + always
+
+
+def _each_row(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows [T, D]`` times ``weight [N, D]``, one row at a time: how torch sums depends on how many there are,
+    and which experts a row goes to must not."""
+    return torch.stack([weight.mv(row) for row in rows])

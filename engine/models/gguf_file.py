@@ -262,10 +262,10 @@ def _multipliers_from_gguf(file: GgufFile, arch: str) -> Multipliers:
     head_dim = int(file.get(f"{arch}.embedding_length")) // int(file.get(f"{arch}.attention.head_count"))
     head_dim = int(file.get(f"{arch}.attention.key_length", head_dim))
     return Multipliers(
-        embedding=float(file.get(f"{arch}.embedding_scale", 1.0)),
-        query=float(file.get(f"{arch}.attention.scale", head_dim**-0.5)) * head_dim**0.5,
-        residual=float(file.get(f"{arch}.residual_scale", 1.0)),
-        logits=1 / float(file.get(f"{arch}.logit_scale", 1.0)),
+        embedding=float(file.get(f"{arch}.embedding_scale") or 1.0),  # llama.cpp takes 0 for none
+        query=float(file.get(f"{arch}.attention.scale") or head_dim**-0.5) * head_dim**0.5,
+        residual=float(file.get(f"{arch}.residual_scale") or 1.0),
+        logits=1 / float(file.get(f"{arch}.logit_scale") or 1.0),
     )
 
 

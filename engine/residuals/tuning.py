@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from engine import hub
-from engine.errors import AdapterError, InvalidRequestError
+from engine.errors import AdapterError, InvalidRequestError, UnsupportedModelError
 from engine.models.decoder import Decoder
 from engine.progress import Progress
 from engine.residuals.accelerator import Accelerator, AcceleratorConfig
@@ -191,6 +191,7 @@ def prepare(request: TuneRequest, work_dir: Path, runner: Runner, num_runs: int 
     Raises: as :func:`tune`.
     """
     from engine.hardware import usable_threads
+    from engine.models.checkpoint import open_checkpoint
     from engine.models.loader import load_decoder
     from engine.threads import set_threads
     from engine.tokenizer import load_tokenizer
@@ -198,6 +199,10 @@ def prepare(request: TuneRequest, work_dir: Path, runner: Runner, num_runs: int 
     device = runner.workers.device or _pick_device(request.device)
     set_threads(request.threads or usable_threads())
     model = hub.resolve(request.source, runner.on_progress, runner.cancel)
+    if open_checkpoint(model.path).config.experts is not None:
+        raise UnsupportedModelError(
+            f"{model.name} is a mixture of experts; accelerators are trained for dense models only."
+        )
     tokenizer = load_tokenizer(model.path)
     # A 4-bit file is trained on as what its codes stand for: gradients need matrices.
     decoder = load_decoder(model.path, "fp32" if device == "cpu" else "bf16", device)
