@@ -85,9 +85,9 @@ def main(argv: list[str]) -> int:
 
 
 def _load_session(choice: ModelChoice, on_progress: Any, cancel: threading.Event) -> Any:
-    from engine.session import Session
-
     try:
+        from engine.session import Session
+
         return Session.load(choice.source, choice.weight_format, on_progress=on_progress, cancel=cancel)
     finally:
         gc.enable()

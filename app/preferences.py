@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
 
@@ -46,14 +47,9 @@ class PreferenceFile:
         if self._path is None:
             return
         self.value = replace(self.value, **changes)
-        partial = self._path.with_suffix(".partial")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(asdict(self.value), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self._path)
+            with replacing(self._path) as file:
+                file.write(json.dumps(asdict(self.value), indent=1).encode())
         except OSError:
             _log.exception("the settings could not be saved")
 

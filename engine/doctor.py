@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from engine import hardware, hub, paths
 from engine.errors import SlipstreamError
+
+if TYPE_CHECKING:
+    from engine.models.config import ModelConfig
 
 PACKAGES = (
     "torch", "transformers", "gradio", "tokenizers", "safetensors", "gguf", "huggingface-hub", "numba",
@@ -46,6 +49,7 @@ class ModelReport:
     file_bytes: int | None = None
     weight_format: str | None = None  # what `auto` picks
     weight_bytes: int | None = None  # of that format, about
+    step_bytes: int | None = None  # of them, what one token reads
     reason: str | None = None
 
 
@@ -177,19 +181,30 @@ def examine_model(source: str, device: str) -> ModelReport:
         file_bytes=_size(path),
         weight_format=picked,
         weight_bytes=int(num_parameters * per_weight),
+        step_bytes=int(count_read_parameters(config) * per_weight),
         reason=" ".join(notes) or None,
     )
 
 
-def count_parameters(config: Any) -> int:
+def count_parameters(config: ModelConfig) -> int:
     """Weights of the matrices, tied ones once."""
+    vocabularies = 1 if config.tie_embeddings else 2
+    size = config.experts.total_size if config.experts is not None else 0
+    return _layer_weights(config, size) + vocabularies * config.vocab_size * config.hidden_size
+
+
+def count_read_parameters(config: ModelConfig) -> int:
+    """Weights that one token reads: some of the experts, and of the embedding table a single row."""
+    size = config.experts.active_size if config.experts is not None else 0
+    return _layer_weights(config, size) + config.vocab_size * config.hidden_size
+
+
+def _layer_weights(config: ModelConfig, experts_size: int) -> int:
+    """Of all layers' matrices; ``experts_size`` is the feed-forward size of those with experts."""
     attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    vocabulary = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    inner = 0  # of all layers
-    for layer in range(config.num_layers):
-        experts = config.experts if config.is_sparse(layer) else None
-        inner += config.intermediate_size if experts is None else experts.total_size
-    return config.num_layers * attention + 3 * config.hidden_size * inner + vocabulary
+    layers = range(config.num_layers)
+    inner = sum(experts_size if config.is_sparse(layer) else config.intermediate_size for layer in layers)
+    return config.num_layers * attention + 3 * config.hidden_size * inner
 
 
 def describe(report: Report) -> str:
@@ -223,11 +238,10 @@ def describe(report: Report) -> str:
         lines.append(f"  auto picks {model.weight_format} on {report.device}, {size}")
         if model.reason:
             lines.append(f"  because    {model.reason}")
-        if report.read_bandwidth and model.weight_bytes and report.device == "cpu":
-            limit = report.read_bandwidth / model.weight_bytes
-            lines.append(
-                f"  limit      {limit:.0f} tokens/s without drafts: each token reads all the weights"
-            )
+        if report.read_bandwidth and model.step_bytes and report.device == "cpu":
+            limit = report.read_bandwidth / model.step_bytes
+            read = f"each token reads {model.step_bytes / 1e6:.0f} MB of weights"
+            lines.append(f"  limit      {limit:.0f} tokens/s without drafts: {read}")
     lines += ["", "Models on this machine", *(f"  {name}" for name in report.ready_models or ("none yet",))]
     lines += ["", "Folders", *(f"  {name:<12}{folder}" for name, folder in report.folders.items())]
     lines += ["", "Versions"]

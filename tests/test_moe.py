@@ -108,6 +108,8 @@ def test_a_session_runs_and_says_what_it_holds(folder: Path) -> None:
     report = doctor.examine_model(str(folder), "cpu")
     layers = session.backend.decoder.layers  # type: ignore[attr-defined]
     matrices = sum(m.in_features * m.out_features for layer in layers for m in layer.matrices())
+    assert report.step_bytes is not None and report.weight_bytes is not None
+    assert report.step_bytes < report.weight_bytes
     tied = folder.name not in ("mixtral", "olmoe")
     assert report.architecture == folder.name
     assert report.num_parameters == matrices + tiny.vocab_size() * 64 * (1 if tied else 2)

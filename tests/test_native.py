@@ -69,8 +69,9 @@ def test_code_that_cannot_be_kept_runs_all_the_same(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native.os, "replace", full)
+    monkeypatch.setattr("engine.atomic.os.replace", full)
     native._write(native._folder() / "x.o", {"work": ("_work", b"abc")})
+    assert list(native._folder().iterdir()) == []  # nothing half
 
 
 def test_the_compiler_has_a_process_of_its_own(

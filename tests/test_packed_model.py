@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def test_a_changed_model_is_packed_again_and_a_damaged_one_refused(keep_all: Pat
     loading.load_session("tiny", model, "int4", "cpu")
     tiny.save_model(model, "qwen2", seed=1, hidden_size=64, intermediate_size=128, head_dim=16)
     changed = loading.load_session("tiny", model, "int4", "cpu")
-    assert len(list(keep_all.iterdir())) == 2
+    assert len(list(keep_all.iterdir())) == 1  # what the model was before is of no use
     fresh = load_decoder(model, "int4")
     qkv = changed.backend.decoder.layers[0].qkv  # type: ignore[attr-defined]
     assert torch.equal(qkv.dequantize(), fresh.layers[0].qkv.dequantize())
@@ -128,13 +130,23 @@ def test_the_disk_is_shared_fairly(keep_all: Path, model: Path, monkeypatch: pyt
     assert [file.name[:2] for file in keep_all.iterdir()] == ["b-"]  # the older one has made room
 
 
+def test_what_a_killed_process_left_is_cleared_away(keep_all: Path, model: Path) -> None:
+    keep_all.mkdir(parents=True)
+    for name, age in (("a-int4-1.bin.77.partial", 7200), ("b-int4-2.bin.78.partial", 60)):
+        (keep_all / name).write_bytes(b"half")
+        os.utime(keep_all / name, (time.time() - age,) * 2)
+    loading.load_session("tiny", model, "int4", "cpu")
+    left = {file.suffix: file.name for file in keep_all.iterdir()}
+    assert left.keys() == {".bin", ".partial"} and left[".partial"].startswith("b-")
+
+
 def test_a_full_disk_keeps_nobody_from_loading(
     keep_all: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine.quantization.packed_file.os.fsync", full)
+    monkeypatch.setattr("engine.atomic.os.fsync", full)
     loading.load_session("tiny", model, "int4", "cpu")
     assert list(keep_all.iterdir()) == []
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
+from engine.atomic import replacing
 from engine.decoding.controller import DepthController
 from engine.hardware import machine
 from engine.models.stepper import Stepper
@@ -43,10 +43,8 @@ def load_controller(path: Path) -> DepthController:
 
 def save_controller(path: Path, controller: DepthController) -> None:
     """Keep it, atomically; a disk that is full is logged and no more: it only costs measuring again."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(controller.export()), encoding="utf-8")
-        os.replace(partial, path)
+        with replacing(path) as file:
+            file.write(json.dumps(controller.export()).encode())
     except OSError:
         log.warning("What was learnt about drafting could not be kept.", exc_info=True)

@@ -1,7 +1,7 @@
 """The compiled kernels as functions: from the disk cache, or compiled first.
 
-Numba compiles them once for each CPU and kind of weights, which takes half a minute; its own cache would
-still take a second of every start, and 60 MB. Here the object code is kept and linked by LLVM alone.
+Numba compiles them once for each CPU and kind of weights, which takes half a minute; with its own cache
+it would still be imported at every start. Here the object code is kept and linked by LLVM alone.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import ctypes
 import hashlib
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
 _TIMEOUT = 600.0  # seconds; it takes half a minute on two slow cores
@@ -61,7 +62,7 @@ def _file(kinds: Kinds) -> Path:
 
 
 def _compile_apart(kinds: Kinds) -> bool:
-    """Compile in a process of its own: here it would hold the interpreter lock, and 200 MB to the end."""
+    """Compile in a process of its own: here it would hold the interpreter lock, and much memory to the end."""
     command = [sys.executable, "-m", "engine.kernels.native", *astuple(kinds)]
     quiet = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # on Windows
     try:
@@ -118,11 +119,9 @@ def _write(file: Path, objects: dict[str, tuple[str, bytes]]) -> None:
         entries[name] = symbol, len(code), len(code) + len(data)
         code += data
     entries["sha256"] = hashlib.sha256(code).hexdigest()
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(json.dumps(entries).encode() + b"\n" + code)
-        os.replace(partial, file)
+        with replacing(file) as handle:
+            handle.write(json.dumps(entries).encode() + b"\n" + code)
     except OSError as error:  # compiled again next time
         _log.warning("the compiled kernels could not be kept: %s", error)
 
@@ -161,12 +160,7 @@ def _link(symbol: str, code: bytes, arguments: int) -> Callable[..., None]:
     engine.finalize_object()
     _engines.append(engine)
     kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * arguments)
-    native = kind(engine.get_function_address(symbol))
-
-    def call(*values: int) -> None:
-        native(_NOWHERE, _NOWHERE + 8, *values)
-
-    return call
+    return partial(kind(engine.get_function_address(symbol)), _NOWHERE, _NOWHERE + 8)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ class ExpertConfig:
             )
 
     @property
+    def active_size(self) -> int:
+        """The feed-forward size that one token goes through."""
+        return self.num_experts_per_tok * self.intermediate_size + self.shared_intermediate_size
+
+    @property
     def total_size(self) -> int:
         """The feed-forward size of all experts of a layer together."""
         return self.num_experts * self.intermediate_size + self.shared_intermediate_size

@@ -1,16 +1,16 @@
 """Packed weights kept on disk, so that a model that was loaded before is mapped instead of packed again.
 
-Only for dense models in CPU formats that take long to pack. The files are named after all that they are made from, and are
-the cache folder's: whoever deletes one loses time alone.
+Only for dense models in CPU formats that take long to pack. The files are named after all that they are made
+from, and are the cache folder's: whoever deletes one loses time alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -33,6 +33,7 @@ _LAYER_MATRICES = ("qkv", "o", "gate_up", "down")  # in the order of LayerWeight
 _log = logging.getLogger(__name__)
 _FORMATS = ("int4", "int8")
 _WORTH_KEEPING = 1 << 24  # bytes; smaller models are packed in no time
+_LONGEST_WRITE = 3600.0  # seconds; an unfinished file that is older has nobody who writes it
 _SHARE_OF_DISK = 0.1  # of what is free or ours, which the files may take
 
 
@@ -42,14 +43,13 @@ class PackedModel:
     def __init__(self, source: Path, weight_format: str, device: str) -> None:
         self._format, self._device = weight_format, torch.device(device)
         self._possible = weight_format in _FORMATS and self._device.type == "cpu"
-        key = f"{source.resolve()} {weight_format} {torch.__version__} {int4_block()} {_state(source)}"
         folder = Path(__file__).parents[1]
-        digest = hashlib.sha256(key.encode())
+        digest = hashlib.sha256(f"{torch.__version__} {int4_block()} {_state(source)}".encode())
         for code in sorted([*folder.glob("models/*.py"), *folder.glob("quantization/*.py")]):
             digest.update(code.read_bytes())  # what packs, or names what is packed
-        self._file = (
-            paths.cache_dir() / "packed" / f"{source.stem}-{weight_format}-{digest.hexdigest()[:16]}.bin"
-        )
+        place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
+        self._stem = f"{source.stem}-{place}-{weight_format}-"
+        self._file = paths.cache_dir() / "packed" / f"{self._stem}{digest.hexdigest()[:16]}.bin"
 
     def decoder(self, config: ModelConfig) -> Decoder | None:
         """The model with the kept weights; None if there are none."""
@@ -63,8 +63,7 @@ class PackedModel:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("kept weights cannot be used: %s", error)
-            with contextlib.suppress(OSError):
-                self._file.unlink()
+            _delete(self._file)
             return None
         return Decoder(config, weights, get_format(self._format).activation_dtype, self._device)
 
@@ -81,19 +80,33 @@ class PackedModel:
             _log.warning("the packed weights could not be kept: %s", error)
 
     def _make_room(self, size: int) -> bool:
-        """Delete the files that were used longest ago until ``size`` bytes more are within our share."""
+        """Delete what a killed process left, what this model was before, and then the files that were used
+        longest ago, until ``size`` bytes more are within our share."""
         folder = self._file.parent
         folder.mkdir(parents=True, exist_ok=True)
+        stale = time.time() - _LONGEST_WRITE
+        for file in folder.iterdir():
+            killed = file.suffix == ".partial" and file.stat().st_mtime < stale
+            if killed or (file.suffix == ".bin" and file.name.startswith(self._stem)):
+                _delete(file)
         kept = [(file.stat().st_mtime, file.stat().st_size, file) for file in folder.glob("*.bin")]
         total = sum(entry[1] for entry in kept)
         budget = _SHARE_OF_DISK * (shutil.disk_usage(folder).free + total)
         for _, file_size, file in sorted(kept):
             if total + size <= budget or size > budget:
                 break
-            with contextlib.suppress(OSError):  # on Windows, while another process has it open
-                file.unlink()
+            if _delete(file):
                 total -= file_size
         return total + size <= budget
+
+
+def _delete(file: Path) -> bool:
+    """Whether it is gone; on Windows it is not while another process has it open."""
+    try:
+        file.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _state(source: Path) -> str:

@@ -7,7 +7,6 @@ which the kernels' loads like, and the header carries checksums.
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from engine.atomic import replacing
 
 _MAGIC = b"SLIPPACK"
 _ALIGNMENT = 64
@@ -37,21 +38,12 @@ def write_packed(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
         offset += -(-len(data) // _ALIGNMENT) * _ALIGNMENT
     header = json.dumps({"about": dict(about), "tensors": entries, "size": offset}).encode()
     header += b" " * (-(len(header) + 16) % _ALIGNMENT)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as handle:
-            handle.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-            for tensor in tensors.values():
-                data = _bytes(tensor)
-                handle.write(data)
-                handle.write(bytes(-len(data) % _ALIGNMENT))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with replacing(file) as handle:
+        handle.write(_MAGIC + len(header).to_bytes(8, "little") + header)
+        for tensor in tensors.values():
+            data = _bytes(tensor)
+            handle.write(data)
+            handle.write(bytes(-len(data) % _ALIGNMENT))
 
 
 def map_packed(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
