@@ -38,11 +38,13 @@ Every command takes --help. Files are kept in the platform's cache and data fold
 SLIPSTREAM_HOME=FOLDER keeps them all in one place.
 """
 
-RUN_HELP = """usage: python launch.py [run] [--port N] [--no-browser] [--model MODEL] [options of the app]
+RUN_HELP = """usage: python launch.py [run] [--port N] [--no-browser] [--model MODEL] [--format FORMAT] [--memory SIZE]
 
-  --port N       the port on 127.0.0.1 (default: 7860, or the next free one)
-  --no-browser   do not open the browser
-  --model MODEL  owner/name on the Hugging Face hub, a folder, or a .gguf file
+  --port N         the port on 127.0.0.1 (default: 7860, or the next free one)
+  --no-browser     do not open the browser
+  --model MODEL    owner/name on the Hugging Face hub, a folder, or a .gguf file
+  --format FORMAT  weight format: auto (the default), int4, int8, bf16 ...
+  --memory SIZE    what a mixture-of-experts model may take, such as 6GB (default: what is free)
 """
 
 

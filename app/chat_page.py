@@ -12,8 +12,10 @@ from app import methods, provenance, telemetry
 from app.chats import ChatStore, StoredMessage
 from app.conversation import stream_answer
 from app.engine_host import EngineHost
+from app.expert_panel import ExpertPanel
+from app.model_panel import ModelPanel, build_model_choice, format_choice
 from app.preferences import PreferenceFile
-from app.settings_panel import build_model_choice, build_settings, format_choice, read_settings
+from app.settings_panel import build_settings, read_settings
 from engine.errors import SlipstreamError
 
 EXAMPLES = (
@@ -86,6 +88,7 @@ class ChatPage:
             self._speed = _html(telemetry.speed_strip(None), elem_id="speed")
             self._machine = _html(elem_id="machine")
             self._provenance = _html(elem_id="provenance")
+            self._experts = ExpertPanel(self._host)
         with gr.Sidebar("Settings", position="right", open=False, width=320, elem_id="settings"):
             self._settings = build_settings(preferences)
             models = build_model_choice(self._host, preferences) if private else None
@@ -94,8 +97,7 @@ class ChatPage:
         self._loading_timer = gr.Timer(_LOADING_TICK_SECONDS)
         self._connect_answers()
         self._connect_chats(new_chat, title, delete)
-        self._weights = [] if models is None else [models.weights]
-        self._connect_loading(stop_loading, None if models is None else models.loads)
+        self._connect_loading(stop_loading, models)
         timer.tick(self._machine_strip, None, self._machine, **DIRECT)
 
     # Answers
@@ -103,7 +105,7 @@ class ChatPage:
     def _connect_answers(self) -> None:
         outputs = [
             self._chatbot, self._provenance, self._composer, self._notice, self._speed, self._chat,
-            self._chat_list, self._manage,
+            self._chat_list, self._manage, self._experts.body,
         ]  # fmt: skip
         inputs = [self._chat, *self._settings.answer]
         # No limit here: the engine host keeps the line, and tells everybody their place in it.
@@ -121,7 +123,7 @@ class ChatPage:
         store = self._store_of(_owner(request))
         history = store.messages(chat) if chat is not None else []
         if not (text or "").strip():
-            yield [gr.skip()] * 8
+            yield [gr.skip()] * 9
             return
         yield from self._answer([*history, StoredMessage("user", text.strip())], chat, settings, request)
 
@@ -135,7 +137,7 @@ class ChatPage:
         while history and history[-1].role == "assistant":
             history.pop()
         if not history:
-            yield [gr.skip()] * 8
+            yield [gr.skip()] * 9
             return
         yield from self._answer(history, chat, settings, request)
 
@@ -179,7 +181,7 @@ class ChatPage:
         ready = gr.Textbox(submit_btn=_SEND, stop_btn=False)
         yield (
             *_shown([*history, StoredMessage("assistant", "")]), busy, "", gr.skip(), chat, self._choices(store, chat),
-            gr.Accordion(visible=True),
+            gr.Accordion(visible=True), gr.skip(),
         )  # fmt: skip
         rates: deque[float] = deque(maxlen=40)
         why_off = ""
@@ -191,9 +193,9 @@ class ChatPage:
             strip = telemetry.speed_strip(update.metrics, update.speculation, rates, update.accelerated)
             yield (
                 *_shown(update.messages), gr.skip(), telemetry.notice(update.notice or why_off, kind),
-                strip if update.metrics else gr.skip(), *[gr.skip()] * 3,
+                strip if update.metrics else gr.skip(), *[gr.skip()] * 3, self._experts.draw(owner, update.experts),
             )  # fmt: skip
-        yield *[gr.skip()] * 2, ready, *[gr.skip()] * 3, self._choices(store, chat), gr.skip()
+        yield *[gr.skip()] * 2, ready, *[gr.skip()] * 3, self._choices(store, chat), *[gr.skip()] * 2
 
     def _why_off(self, owner: str, speculation: Any | None) -> str:
         """Why acceleration has just been switched off; empty if it is not, or if it was told already."""
@@ -224,6 +226,7 @@ class ChatPage:
     def _on_unload(self, request: gr.Request) -> None:
         """The page was closed: nobody waits for the answer."""
         self._told_off.pop(_owner(request), None)
+        self._experts.forget(_owner(request))
         self._host.stop(_owner(request))
 
     def _on_new(self, request: gr.Request) -> tuple[Any, ...]:
@@ -258,36 +261,47 @@ class ChatPage:
 
     # The model
 
-    def _connect_loading(self, stop_loading: Any, loads: Any | None) -> None:
+    def _connect_loading(self, stop_loading: Any, models: ModelPanel | None) -> None:
         state = [
-            self._loading,
-            self._loading_text,
-            self._try_again,
-            self._loading_timer,
-            self._settings.method,
-            *self._weights,
-        ]
+            self._loading, self._loading_text, self._try_again, self._loading_timer, self._settings.method,
+            self._experts.frame, self._experts.body,
+        ]  # fmt: skip
+        state += [] if models is None else [models.telling, models.weights]
+        self._private = models is not None
         self._loading_timer.tick(self._loading_state, None, state, **DIRECT)
         stop_loading.click(self._host.cancel_loading, None, None, **DIRECT)
         wake = self._try_again.click(lambda: self._host.start(), None, None, **DIRECT)
-        for event in (wake, loads):
-            if event is not None:
-                event.then(lambda: gr.Timer(active=True), None, self._loading_timer, **DIRECT)
+        wake.then(lambda: gr.Timer(active=True), None, self._loading_timer, **DIRECT)
+        if models is not None:
+            models.loads.then(
+                lambda begun: gr.Timer(active=True) if begun else gr.skip(), models.begun, self._loading_timer,
+                **DIRECT,
+            )  # fmt: skip
 
-    def _loading_state(self) -> tuple[Any, ...]:
+    def _loading_state(self, request: gr.Request) -> tuple[Any, ...]:
         state, session = self._host.state, self._host.loaded
+        tell = [gr.Timer(active=True)] if self._private else []
         if state.stage == "ready" and session is not None:
             names = session.methods()
             picked = methods.pick(names, self._preferences.value.method)
             method = gr.Radio(choices=methods.choices(names), value=picked, visible=len(names) > 1)
-            weights = [gr.Dropdown(**format_choice(self._host)) for _ in self._weights]
-            return gr.Row(visible=False), "", gr.skip(), gr.Timer(active=False), method, *weights
-        kept = [gr.skip() for _ in self._weights]
+            weights = [gr.Dropdown(**format_choice(self._host))] if self._private else []
+            experts = self._experts.shown(_owner(request))
+            return (
+                gr.Row(visible=False), "", gr.skip(), gr.Timer(active=False), method, *experts, *tell, *weights,
+            )  # fmt: skip
+        kept = [gr.skip() for _ in tell]
+        experts = (gr.Accordion(visible=False), gr.skip())
         if state.stage == "loading":
             text = telemetry.loading_strip(state.message, state.share)
-            return gr.Row(visible=True), text, gr.Button(visible=False), gr.skip(), gr.skip(), *kept
+            return (
+                gr.Row(visible=True), text, gr.Button(visible=False), gr.skip(), gr.skip(), *experts, *kept, *kept,
+            )  # fmt: skip
         text = telemetry.notice(state.message, "error")
-        return gr.Row(visible=True), text, gr.Button(visible=True), gr.Timer(active=False), gr.skip(), *kept
+        return (
+            gr.Row(visible=True), text, gr.Button(visible=True), gr.Timer(active=False), gr.skip(), *experts, *tell,
+            *kept,
+        )  # fmt: skip
 
     def _machine_strip(self) -> str:
         session = self._host.loaded

@@ -11,6 +11,7 @@ from typing import Any
 from app import methods
 from app.chats import ChatStore, StoredMessage
 from app.engine_host import Answering, EngineHost
+from app.expert_watch import ExpertView, ExpertWatch
 from engine.errors import SlipstreamError
 from engine.requests import FinishReason, GenerationRequest, Message, Provenance, SamplingParams
 
@@ -41,6 +42,7 @@ class AnswerUpdate:
         rate: tokens/s of the last interval.
         accelerated: whether the answer's method drafts.
         speculation: the engine's ``SpeculationState``, if anything drafts.
+        experts: what the answer cost in experts, where there is something new to say.
         notice: a sentence to show, or none.
     """
 
@@ -49,6 +51,7 @@ class AnswerUpdate:
     rate: float | None = None
     accelerated: bool = False
     speculation: Any | None = None
+    experts: ExpertView | None = None
     notice: str = ""
     failed: bool = False
 
@@ -120,12 +123,13 @@ def _stream(
     drafts = methods.is_accelerated(method)
     generation = session.stream_generate(request)
     answering.attach(generation)
-    text, spans = "", _Spans()
-    metrics = generation.metrics
+    text, spans, experts = "", _Spans(), None
+    metrics, watch = generation.metrics, ExpertWatch(session)
     shown, seen_tokens, seen_seconds = monotonic(), 0, 0.0
     for step in generation:
         text += step.text
         spans.add(step.pieces)
+        experts = watch.look(metrics) or experts
         if monotonic() - shown < UPDATE_SECONDS:
             continue
         shown = monotonic()
@@ -134,8 +138,9 @@ def _stream(
         seen_tokens, seen_seconds = metrics.num_decode_tokens, metrics.decode_seconds
         answer = StoredMessage("assistant", text, {"drafted": list(spans.drafted)})
         yield AnswerUpdate(
-            (*history, answer), metrics, rate, drafts, session.speculation() if drafts else None
+            (*history, answer), metrics, rate, drafts, session.speculation() if drafts else None, experts
         )
+        experts = None
     result = generation.result
     notices = [*result.notices]
     if result.finish_reason is FinishReason.CONTEXT:
@@ -154,7 +159,7 @@ def _stream(
         details["stopped"] = True
     yield AnswerUpdate(
         (*history, StoredMessage("assistant", result.text, details)), metrics, metrics.tokens_per_second,
-        drafts, session.speculation() if drafts else None, " ".join(notices),
+        drafts, session.speculation() if drafts else None, watch.look(metrics, last=True), " ".join(notices),
     )  # fmt: skip
 
 

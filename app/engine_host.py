@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from app.spare_sessions import SpareSessions
@@ -21,10 +21,25 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Which model to load, and how."""
+    """Which model to load, and how.
+
+    Attributes:
+        memory: what a mixture-of-experts model may take, as a person writes it: ``6GB``; empty: what is free.
+    """
 
     source: str
     weight_format: str = "auto"
+    memory: str = ""
+
+    def memory_bytes(self) -> int | None:
+        """``memory`` as a number; None: what is free.
+
+        Raises:
+            InvalidRequestError: it is no amount of memory.
+        """
+        from engine.experts.planner import parse_memory
+
+        return parse_memory(self.memory) if self.memory.strip() else None
 
 
 @dataclass(frozen=True)
@@ -194,7 +209,7 @@ class EngineHost:
         self._unload()
 
     def _load_spare(self, weight_format: str) -> Any:
-        choice = ModelChoice(self.choice.source, weight_format)
+        choice = replace(self.choice, weight_format=weight_format)
         return self._load(choice, lambda progress: None, threading.Event())
 
     def _unload(self) -> None:

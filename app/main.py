@@ -7,12 +7,14 @@ import gc
 import logging
 import logging.handlers
 import os
+import sys
 import threading
 import webbrowser
 from typing import TYPE_CHECKING, Any
 
 from app.startup import ADDRESS, DEFAULT_PORT
 from engine import paths
+from engine.errors import InvalidRequestError
 from engine.formats import choosable_formats
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--no-browser", action="store_true", help="do not open the browser")
     parser.add_argument("--model", help="a hub repository, a folder or a .gguf file")
     parser.add_argument("--format", help=f"weight format: {', '.join(('auto', *choosable_formats()))}")
+    parser.add_argument("--memory", help="what a mixture-of-experts model may take, such as 6GB")
     options = parser.parse_args(argv)
     in_space = bool(os.environ.get("SPACE_ID"))
     _write_log()
@@ -45,11 +48,19 @@ def main(argv: list[str]) -> int:
 
     preferences = PreferenceFile(None if in_space else paths.data_dir() / "settings.json")
     saved = preferences.value
-    host = EngineHost(
-        _load_session,
-        ModelChoice(options.model or saved.model or DEFAULT_MODEL, options.format or saved.weight_format),
-    )
     import_torch()  # before the loading, not beside it: two imports at once take longer than one after the other
+    choice = ModelChoice(
+        options.model or saved.model or DEFAULT_MODEL,
+        options.format or saved.weight_format,
+        saved.memory if options.memory is None else options.memory,
+    )
+    try:
+        if options.memory is not None:
+            choice.memory_bytes()
+    except InvalidRequestError as error:
+        print(error, file=sys.stderr)
+        return 1
+    host = EngineHost(_load_session, choice)
     host.start()
     import_gradio()
 
@@ -88,7 +99,10 @@ def _load_session(choice: ModelChoice, on_progress: Any, cancel: threading.Event
     try:
         from engine.session import Session
 
-        return Session.load(choice.source, choice.weight_format, on_progress=on_progress, cancel=cancel)
+        return Session.load(
+            choice.source, choice.weight_format, on_progress=on_progress, cancel=cancel,
+            memory=choice.memory_bytes(),
+        )  # fmt: skip
     finally:
         gc.enable()
 

@@ -29,6 +29,7 @@ class Preferences:
     tint_drafted: bool = False
     model: str = ""  # the default model
     weight_format: str = "auto"
+    memory: str = ""  # such as 6GB; what is free
 
 
 class PreferenceFile:

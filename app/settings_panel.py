@@ -1,4 +1,4 @@
-"""The side panel: what the model is told, how it samples, and which model runs."""
+"""The side panel: what the model is told, and how it samples."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ from typing import Any
 import gradio as gr
 
 from app.conversation import AnswerSettings
-from app.engine_host import EngineHost, ModelChoice
 from app.preferences import PreferenceFile, Preferences
 from engine.errors import InvalidRequestError
-from engine.formats import choosable_formats
 from engine.requests import SamplingParams
 
-FORMAT_LABELS = {
-    "auto": "Automatic (the fastest that fits)",
-    "int4": "4 bit",
-    "int8": "8 bit",
-    "bf16": "16 bit",
-    "fp32": "32 bit",
-    "nf4": "NF4 (bitsandbytes)",
-    "bnb_int8": "LLM.int8 (bitsandbytes)",
-}
 _DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -139,46 +128,3 @@ def build_settings(preferences: PreferenceFile) -> SettingsPanel:
         lambda: [getattr(defaults, name) for name in names], None, list(answer), **_DIRECT
     )  # fmt: skip
     return SettingsPanel((*answer, method), method, tint, reset)
-
-
-@dataclass(frozen=True)
-class ModelPanel:
-    """``weights`` is to be filled anew (:func:`format_choice`) when a model is there, which ``loads`` begins."""
-
-    weights: Any
-    loads: Any
-
-
-def format_choice(host: EngineHost) -> dict[str, Any]:
-    """The dropdown of weight formats: those that run here, and the one that was asked for."""
-    session = host.loaded
-    names = ("auto", *choosable_formats(None if session is None else session.info.device))
-    wanted = host.choice.weight_format
-    return {
-        "choices": [(FORMAT_LABELS[name], name) for name in names],
-        "value": wanted if wanted in names else "auto",
-    }
-
-
-def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> ModelPanel:
-    """The part that loads another model."""
-    from engine import hub
-
-    sources = {hub.DEFAULT_MODEL: hub.DEFAULT_MODEL}
-    for ready in hub.list_ready_models():
-        sources[ready.name] = str(ready.path) if ready.source == "file" else ready.name
-    if host.choice.source not in sources.values():
-        sources = {host.choice.source: host.choice.source, **sources}
-    model = gr.Dropdown(
-        list(sources.items()), value=host.choice.source, label="Model", allow_custom_value=True, elem_id="model",
-        info="One that is here, a hub repository (owner/name), a folder, or a .gguf file",
-    )  # fmt: skip
-    weight_format = gr.Dropdown(**format_choice(host), label="Weights", elem_id="weights")
-    load = gr.Button("Load", size="sm", variant="secondary", elem_id="load-model")
-
-    def change_model(source: str, weights: str) -> None:
-        source = (source or "").strip() or hub.DEFAULT_MODEL
-        preferences.save(model=source, weight_format=weights)
-        host.start(ModelChoice(source, weights))
-
-    return ModelPanel(weight_format, load.click(change_model, [model, weight_format], None, **_DIRECT))

@@ -15,6 +15,7 @@ from engine.models.stepper import make_stepper
 
 if TYPE_CHECKING:
     from engine.decoding.m2r2 import M2R2
+    from engine.experts.model import ExpertTiers
     from engine.models.stepper import Stepper
 
 # Small enough that the stop flag is obeyed soon even on a large model, large enough for full speed.
@@ -39,12 +40,20 @@ class DecoderBackend:
 
     Args:
         m2r2: accelerated decoding; None looks for an accelerator of this model.
+        tiers: the experts of a model that are not all in memory.
     """
 
     prefill_chunk = PREFILL_CHUNK
 
-    def __init__(self, decoder: Decoder, stepper: Stepper | None = None, m2r2: M2R2 | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        stepper: Stepper | None = None,
+        m2r2: M2R2 | None = None,
+        tiers: ExpertTiers | None = None,
+    ) -> None:
         self.decoder = decoder
+        self.tiers = tiers
         self.stepper = stepper or make_stepper(decoder)
         self.kernel = self.stepper.name
         self.context_length = decoder.config.context_length
@@ -72,7 +81,14 @@ class DecoderBackend:
         self.factories.clear()
         if self.m2r2 is not None:
             self.m2r2.keep()
-        del self.decoder, self.stepper, self.m2r2  # running steps keep their own references to the end
+        if self.tiers is not None:
+            self.tiers.close()
+        del (
+            self.decoder,
+            self.stepper,
+            self.m2r2,
+            self.tiers,
+        )  # running steps keep their own references to the end
 
 
 def _m2r2(stepper: Stepper) -> M2R2 | None:

@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--method", default="plain", help="decoding method")
     generate.add_argument("--device", default="auto")
     generate.add_argument("--threads", type=int, default=None)
+    generate.add_argument(
+        "--memory", default=None, help="what a mixture-of-experts model may take, such as 6GB"
+    )
     generate.add_argument("--system", default=None, help="system prompt")
     generate.add_argument("--max-tokens", type=int, default=512)
     generate.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
@@ -128,6 +131,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def load(arguments: argparse.Namespace) -> Any:
     """The session; loading is reported on stderr if a person watches."""
+    from engine.experts.planner import parse_memory
     from engine.hub import DEFAULT_MODEL
     from engine.session import Session
 
@@ -142,6 +146,7 @@ def load(arguments: argparse.Namespace) -> Any:
             arguments.device,
             arguments.threads,
             on_progress=show if watched else None,
+            memory=None if arguments.memory is None else parse_memory(arguments.memory),
         )
     finally:
         if watched:

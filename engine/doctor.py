@@ -9,22 +9,17 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine import hardware, hub, paths
 from engine.errors import SlipstreamError
-
-if TYPE_CHECKING:
-    from engine.models.config import ModelConfig
+from engine.memory_speed import measure_bandwidth
+from engine.model_report import ModelReport, examine_model, fused_problem
 
 PACKAGES = (
     "torch", "transformers", "gradio", "tokenizers", "safetensors", "gguf", "huggingface-hub", "numba",
     "numpy", "bitsandbytes", "llama-cpp-python",
 )  # fmt: skip
-
-_FALLBACK = "it is of no architecture of ours: if transformers knows it, it chats, but acceleration is off."
 
 
 @dataclass(frozen=True)
@@ -34,23 +29,6 @@ class Option:
     name: str
     reason: str | None = None  # None: it runs
     bytes_per_weight: float | None = None
-
-
-@dataclass(frozen=True)
-class ModelReport:
-    """The model that was asked about, as far as it can be told without loading it."""
-
-    source: str
-    path: str | None = None
-    problem: str | None = None
-    architecture: str | None = None
-    num_parameters: int | None = None
-    context_length: int | None = None
-    file_bytes: int | None = None
-    weight_format: str | None = None  # what `auto` picks
-    weight_bytes: int | None = None  # of that format, about
-    step_bytes: int | None = None  # of them, what one token reads
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +56,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="leave out the measurement of the memory's speed"
     )
+    parser.add_argument("--memory", help="what a mixture-of-experts model may take, such as 6GB")
     options = parser.parse_args(argv)
-    report = examine(options.model, measure=not options.quick)
+    try:
+        report = examine(options.model, measure=not options.quick, memory=options.memory)
+    except SlipstreamError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
     if options.json:
         json.dump(dataclasses.asdict(report), sys.stdout, indent=2)
         print()
@@ -88,12 +71,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def examine(model: str = hub.DEFAULT_MODEL, measure: bool = True) -> Report:
-    """Look at the machine, the engine and the model (nothing is downloaded or loaded)."""
+def examine(model: str = hub.DEFAULT_MODEL, measure: bool = True, memory: str | None = None) -> Report:
+    """Look at the machine, the engine and the model (of one that is not here the hub is asked; nothing is loaded).
+
+    Args:
+        memory: what a mixture-of-experts model may take, as a person writes it.
+
+    Raises:
+        InvalidRequestError: ``memory`` is no amount of memory.
+    """
     machine = hardware.machine()
-    bandwidth = hardware.copy_bandwidth() if measure else None  # before torch's threads are there
+    bandwidth = measure_bandwidth() if measure else None  # before torch's threads are there
+    from engine.experts.planner import parse_memory
     from engine.loading import pick_device
 
+    budget = None if memory is None else parse_memory(memory)
     device = pick_device("auto")
     return Report(
         versions=versions(),
@@ -102,7 +94,7 @@ def examine(model: str = hub.DEFAULT_MODEL, measure: bool = True) -> Report:
         device=device,
         formats=formats(device),
         kernels=kernels(device),
-        model=examine_model(model, device),
+        model=examine_model(model, device, memory=budget, ask_hub=True),
         ready_models=tuple(ready.name for ready in hub.list_ready_models()),
         folders={
             "data": str(paths.data_dir()),
@@ -141,70 +133,7 @@ def formats(device: str) -> tuple[Option, ...]:
 
 def kernels(device: str) -> tuple[Option, ...]:
     """Who computes a decoding step: our fused kernels, or torch operation by operation."""
-    return Option("fused", _fused_problem(device)), Option("torch")
-
-
-def _fused_problem(device: str) -> str | None:
-    if device != "cpu":
-        return "they are for the CPU."
-    if not find_spec("numba"):
-        return "numba is not installed."
-    from engine.quantization.int4_layout import int4_block
-
-    return None if int4_block() else "this torch packs int4 weights in an order that they do not know."
-
-
-def examine_model(source: str, device: str) -> ModelReport:
-    """What is known of the model, and what `auto` would pick for it."""
-    if not hub.is_ready(source):
-        return ModelReport(source, problem="it is not on this machine; it is fetched at the first use.")
-    try:
-        path = hub.resolve(source).path
-        from engine.loading import is_unknown_architecture, pick_format
-        from engine.models.checkpoint import open_checkpoint
-        from engine.quantization import WEIGHT_FORMATS
-
-        if is_unknown_architecture(path):
-            return ModelReport(source, str(path), problem=_FALLBACK)
-        config = open_checkpoint(path).config
-        picked, notes = pick_format(config, "auto", device)
-    except SlipstreamError as error:
-        return ModelReport(source, problem=str(error))
-    num_parameters = count_parameters(config)
-    per_weight = WEIGHT_FORMATS[picked].bytes_per_weight()
-    return ModelReport(
-        source=source,
-        path=str(path),
-        architecture=config.model_type,
-        num_parameters=num_parameters,
-        context_length=config.context_length,
-        file_bytes=_size(path),
-        weight_format=picked,
-        weight_bytes=int(num_parameters * per_weight),
-        step_bytes=int(count_read_parameters(config) * per_weight),
-        reason=" ".join(notes) or None,
-    )
-
-
-def count_parameters(config: ModelConfig) -> int:
-    """Weights of the matrices, tied ones once."""
-    vocabularies = 1 if config.tie_embeddings else 2
-    size = config.experts.total_size if config.experts is not None else 0
-    return _layer_weights(config, size) + vocabularies * config.vocab_size * config.hidden_size
-
-
-def count_read_parameters(config: ModelConfig) -> int:
-    """Weights that one token reads: some of the experts, and of the embedding table a single row."""
-    size = config.experts.active_size if config.experts is not None else 0
-    return _layer_weights(config, size) + config.vocab_size * config.hidden_size
-
-
-def _layer_weights(config: ModelConfig, experts_size: int) -> int:
-    """Of all layers' matrices; ``experts_size`` is the feed-forward size of those with experts."""
-    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    layers = range(config.num_layers)
-    inner = sum(experts_size if config.is_sparse(layer) else config.intermediate_size for layer in layers)
-    return config.num_layers * attention + 3 * config.hidden_size * inner
+    return Option("fused", fused_problem(device)), Option("torch")
 
 
 def describe(report: Report) -> str:
@@ -233,11 +162,15 @@ def describe(report: Report) -> str:
     else:
         parameters = f"{(model.num_parameters or 0) / 1e6:.0f} M parameters"
         lines.append(f"  {model.architecture}, {parameters}, context {model.context_length} tokens")
-        lines.append(f"  {model.path} ({(model.file_bytes or 0) / 1e6:.0f} MB)")
+        size = f"{(model.file_bytes or 0) / 1e6:.0f} MB"
+        here = f"{model.path} ({size})" if model.path else f"not on this machine, {size} to download"
+        lines.append(f"  {here}")
         size = f"about {(model.weight_bytes or 0) / 1e6:.0f} MB of weights"
         lines.append(f"  auto picks {model.weight_format} on {report.device}, {size}")
         if model.reason:
             lines.append(f"  because    {model.reason}")
+        if model.plan:
+            lines.append(f"  memory     {model.plan}")
         if report.read_bandwidth and model.step_bytes and report.device == "cpu":
             limit = report.read_bandwidth / model.step_bytes
             read = f"each token reads {model.step_bytes / 1e6:.0f} MB of weights"
@@ -256,11 +189,6 @@ def _option(option: Option) -> str:
 
 def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
 
 
 def _hub_cache() -> Path:

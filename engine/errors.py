@@ -33,3 +33,7 @@ class OutOfMemoryError(SlipstreamError):
 
 class AdapterError(SlipstreamError):
     """An adapter file is damaged or belongs to another model."""
+
+
+class ExpertStoreError(SlipstreamError):
+    """The file with a model's experts is missing, damaged or cannot be read."""

@@ -136,6 +136,17 @@ def process_memory() -> int:
     return psutil.Process().memory_info().rss
 
 
+def private_memory() -> int:
+    """Bytes of RAM that this process alone has in use, files that it merely maps left out; 0 where the system
+    does not tell."""
+    import psutil
+
+    info = psutil.Process().memory_info()
+    if hasattr(info, "private"):  # Windows
+        return int(info.private)
+    return int(info.rss - info.shared) if hasattr(info, "shared") else 0
+
+
 def gpu_memory() -> MemoryUse | None:
     """Memory of the first GPU, once torch uses it; None without one. Cheap enough for a meter."""
     torch = sys.modules.get("torch")

@@ -147,8 +147,11 @@ def list_ready_models() -> list[ResolvedModel]:
 
 def _local(path: Path) -> ResolvedModel:
     from engine.hub_repository import PICKLES, folder_problem
+    from engine.models.split_checkpoint import is_recipe
 
     path = path.resolve()
+    if is_recipe(path):
+        return ResolvedModel(path.name, path, "folder")
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not (path / "config.json").exists():

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from engine import paths
 from engine.download import RemoteFile, download
@@ -144,6 +145,45 @@ def fetch(
     partial.write_text(json.dumps({**listed, "files": listed_files}, indent=1), encoding="utf-8")
     os.replace(partial, ready)
     return model.folder / gguf
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model on the hub, before it is downloaded.
+
+    Attributes:
+        config: of its config.json; None: it is a GGUF file, which holds its shapes itself.
+        size: bytes to download.
+    """
+
+    config: dict[str, Any] | None
+    size: int
+
+
+def look_up(model: HubModel) -> Offer:
+    """What the hub says of ``model``: the list of its files and config.json, a few kilobytes.
+
+    Raises:
+        ModelFileError: it has no weights that may be loaded.
+        DownloadError: the hub is out of reach, or does not hand it out.
+    """
+    if is_offline():
+        raise DownloadError("HF_HUB_OFFLINE forbids asking the hub about it; unset it to ask.")
+    commit, files = _list_files(model)
+    names = choose_files((file.name for file in files), model)
+    size = sum(file.size for file in files if file.name in names)
+    if "config.json" not in names:
+        return Offer(None, size)
+    url = f"{endpoint()}/{urllib.parse.quote(f'{model.repository}/resolve/{commit}/config.json')}"
+    try:
+        config = json.loads(read_url(url, private_headers=_login())[0])
+    except (urllib.error.HTTPError, ValueError) as error:
+        raise DownloadError(
+            f"The hub does not deliver the description of {model} ({error}); try again later."
+        ) from error
+    if not isinstance(config, dict):
+        raise ModelFileError(f"The config.json of {model} is damaged; choose another model.")
+    return Offer(config, size)
 
 
 def choose_files(names: Iterable[str], model: HubModel) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from engine.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from engine.backend import LoadedModel
+    from engine.experts.planner import MemoryPlan
     from engine.models.config import ModelConfig
     from engine.models.decoder import Decoder
     from engine.progress import Progress
@@ -30,21 +32,28 @@ def load_session(
     device: str = "auto",
     threads: int | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    memory: int | None = None,
+    cancel: threading.Event | None = None,
 ) -> Session:
-    """Load the model at ``path`` (``.gguf`` or folder).
+    """Load the model at ``path`` (``.gguf`` or folder). The arguments are those of :meth:`Session.load`.
 
     Raises:
-        ModelFileError, UnsupportedModelError, OutOfMemoryError.
+        ModelFileError, UnsupportedModelError, OutOfMemoryError, ExpertStoreError.
     """
     report = _Reporter(on_progress)
     report("load", 0.0, f"Loading {name}.")
     set_threads(threads)  # kernels size their own pools by it
     held = None if path.is_dir() else read_header(path)  # for all that ask for it below
     tokenizer = load_tokenizer(path)
-    load = _load_fallback if is_unknown_architecture(path) else _load_decoder
-    model = load(
-        path, weight_format, pick_device(device), lambda share: report("load", share, f"Loading {name}.")
-    )
+    device = pick_device(device)
+
+    def on_share(share: float) -> None:
+        report("load", share, f"Loading {name}.")
+
+    if is_unknown_architecture(path):
+        model = _load_fallback(path, weight_format, device, on_share)
+    else:
+        model = _load_decoder(path, weight_format, device, on_share, memory, on_progress, cancel)
     notes = list(model.notes)
     if tokenizer.uses_default_template:
         notes.append("This model brings no chat template, so ChatML is used; it may not follow a chat.")
@@ -62,7 +71,11 @@ def load_session(
     )
     session = Session(model.backend, tokenizer, info, threads)
     report("warm up", 0.0, "Warming up.")
-    session.warm_up()
+    try:
+        session.warm_up()
+    except BaseException:
+        session.close()
+        raise
     del held
     return_free_memory()
     report("ready", 1.0, f"{name} is ready.")
@@ -70,7 +83,13 @@ def load_session(
 
 
 def _load_decoder(
-    path: Path, weight_format: str, device: str, on_progress: Callable[[float], None]
+    path: Path,
+    weight_format: str,
+    device: str,
+    on_share: Callable[[float], None],
+    memory: int | None,
+    on_progress: Callable[[Progress], None] | None,
+    cancel: threading.Event | None,
 ) -> LoadedModel:
     from engine.backend import DecoderBackend, LoadedModel
     from engine.models.checkpoint import open_checkpoint
@@ -79,15 +98,33 @@ def _load_decoder(
 
     config = open_checkpoint(path).config
     weight_format, notes = pick_format(config, weight_format, device)
-    packed = PackedModel(path, weight_format, device)
-    decoder = packed.decoder(config) or load_decoder(path, weight_format, device, on_progress)
-    return_free_memory()  # before the kernels are compiled: that takes some as well
-    backend = DecoderBackend(decoder)
-    packed.keep(decoder)  # in the order that the kernels have given it
+    plan = _plan(config, weight_format, device, memory)
+    if plan is None or plan.resident:
+        packed = PackedModel(path, weight_format, device)
+        decoder = packed.decoder(config) or load_decoder(path, weight_format, device, on_share)
+        return_free_memory()  # before the kernels are compiled: that takes some as well
+        backend = DecoderBackend(decoder)
+        packed.keep(decoder)  # in the order that the kernels have given it
+    else:
+        from engine.experts.model import load_with_tiers
+
+        decoder, tiers = load_with_tiers(path, weight_format, plan, on_progress, on_share, cancel)
+        backend = DecoderBackend(decoder, tiers=tiers)
+        notes = (*notes, str(plan))
     return LoadedModel(
         backend, decoder.config.model_type, count_parameters(decoder), weight_format,
         str(decoder.device), decoder.weight_bytes, notes,
     )  # fmt: skip
+
+
+def _plan(config: ModelConfig, weight_format: str, device: str, memory: int | None) -> MemoryPlan | None:
+    """Which experts stay in memory; None for a dense model, and on a GPU, whose memory is not divided yet."""
+    if config.experts is None or device != "cpu":
+        return None
+    from engine.experts.planner import plan_memory
+    from engine.quantization import get_format
+
+    return plan_memory(config, get_format(weight_format), memory)
 
 
 def _load_fallback(
@@ -153,13 +190,15 @@ def pick_format(config: ModelConfig, weight_format: str, device: str) -> tuple[s
 
 def count_parameters(decoder: Decoder) -> int:
     """Parameters of the model, tied ones once."""
+    from engine.models.feed_forward import FeedForward
+
     config = decoder.config
-    matrices = [m for layer in decoder.layers for m in layer.matrices()]
-    total = sum(m.in_features * m.out_features for m in matrices)
-    total += sum(m.out_features for m in matrices if m.bias is not None)
-    small = [t for layer in decoder.layers for t in layer.small_tensors()]
-    embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    return total + sum(tensor.numel() for tensor in small) + config.hidden_size + embeddings
+    total = config.hidden_size
+    for layer in decoder.layers:
+        total += FeedForward(layer.qkv, layer.o).num_parameters + layer.ffn.num_parameters
+        norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+        total += sum(norm.numel() for norm in norms if norm is not None)
+    return total + config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
 
 
 class _Reporter:

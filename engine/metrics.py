@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass
@@ -46,6 +46,40 @@ class SpeculationStats:
     def mean_acceptance_length(self) -> float | None:
         """Tokens per round, the model's own included: 1 + accepted / rounds."""
         return 1 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else None
+
+
+@dataclass
+class ExpertStats:
+    """Counters of a mixture-of-experts model whose experts are not all in fast memory."""
+
+    expert_hits: int = 0  # in memory when their layer asked for them
+    expert_late: int = 0  # on their way when their layer asked for them
+    expert_misses: int = 0  # not even asked for by then
+    prefetch_issued: int = 0
+    prefetch_used: int = 0  # of those issued; late ones count
+    bytes_loaded: int = 0
+    stall_seconds: float = 0.0  # that the computation waited for loads
+
+    def since(self, earlier: ExpertStats) -> ExpertStats:
+        """What has been counted since ``earlier``, a copy of the same counters."""
+        return ExpertStats(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the experts asked for that were in memory."""
+        asked = self.expert_hits + self.expert_late + self.expert_misses
+        return self.expert_hits / asked if asked else None
+
+    @property
+    def prefetch_precision(self) -> float | None:
+        """Share of the loads ahead of time that were used."""
+        return self.prefetch_used / self.prefetch_issued if self.prefetch_issued else None
+
+    @property
+    def prefetch_recall(self) -> float | None:
+        """Share of the loads that were needed which had been asked for ahead of time."""
+        needed = self.prefetch_used + self.expert_misses
+        return self.prefetch_used / needed if needed else None
 
 
 @dataclass

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.decoding.controller import SpeculationState
+    from engine.experts.report import ExpertReport
     from engine.hub import ResolvedModel
     from engine.progress import Progress
 
@@ -85,6 +86,7 @@ class Session:
         threads: int | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         cancel: threading.Event | None = None,
+        memory: int | None = None,
     ) -> Session:
         """Fetch the model if need be, and load it.
 
@@ -93,10 +95,12 @@ class Session:
             weight_format: a name of ``WEIGHT_FORMATS``, or ``auto`` for the fastest that fits.
             device: ``cpu``, ``cuda``, ``cuda:1`` ..., or ``auto``.
             threads: CPU threads; None for torch's choice.
-            cancel: set it to stop a download.
+            cancel: set it to stop a download, or the first preparation of a model's experts.
+            memory: bytes that the process may take with a mixture-of-experts model, whose experts are read from
+                disk as far as they do not fit; None: what is free.
 
         Raises:
-            DownloadError, ModelFileError, UnsupportedModelError, OutOfMemoryError.
+            DownloadError, ModelFileError, UnsupportedModelError, OutOfMemoryError, ExpertStoreError.
         """
         from engine.hub import resolve
         from engine.loading import load_session
@@ -104,7 +108,9 @@ class Session:
         if threads is not None and threads < 1:
             raise InvalidRequestError(f"The number of threads must be at least 1, not {threads}.")
         model: ResolvedModel = resolve(source, on_progress, cancel)
-        return load_session(model.name, Path(model.path), weight_format, device, threads, on_progress)
+        return load_session(
+            model.name, Path(model.path), weight_format, device, threads, on_progress, memory, cancel
+        )
 
     def methods(self) -> tuple[str, ...]:
         """Decoding methods that this model can use; the first is the default."""
@@ -114,6 +120,11 @@ class Session:
         """What the depth controller has measured and decided; None where nothing drafts."""
         m2r2 = getattr(self.backend, "m2r2", None)  # a backend without drafts has none
         return None if m2r2 is None else m2r2.controller.state()
+
+    def experts(self) -> ExpertReport | None:
+        """What of the model's experts is in memory and how that fares; None where all of them always are."""
+        tiers = getattr(self.backend, "tiers", None)  # a backend of another kind has none
+        return None if tiers is None else tiers.report()
 
     def top2_gap(self, ids: Sequence[int]) -> float:
         """How close a call the token after ``ids`` is: the best logit less the second, computed by the

@@ -149,12 +149,16 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of the model at ``path``, a ``.gguf`` file or an HF folder.
+    """The tokenizer of the model at ``path``: a ``.gguf`` file, an HF folder, or a recipe's folder.
 
     Raises:
         ModelFileError: it is missing or damaged.
         UnsupportedModelError: a GGUF tokenizer of a kind that is not known here.
     """
+    from engine.models.split_checkpoint import base_of, is_recipe
+
+    if is_recipe(path):
+        return load_tokenizer(base_of(path))
     if path.is_dir():
         return _from_folder(path)
     from engine.gguf_tokenizer import tokenizer_from_gguf

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from app.engine_host import EngineHost, ModelChoice
+from engine.experts.report import ExpertReport
 from engine.metrics import GenerationMetrics
 from engine.requests import FinishReason, GenerationRequest, GenerationResult, Piece, Provenance, Round
 
@@ -63,6 +64,7 @@ class FakeSession:
         notices: Sequence[str] = (),
         name: str = "fake",
         methods: Sequence[str] = ("plain",),
+        experts: Sequence[ExpertReport] = (),
     ) -> None:
         self.words, self.finish_reason, self.notices = tuple(words), finish_reason, tuple(notices)
         self.info = SimpleNamespace(
@@ -73,6 +75,7 @@ class FakeSession:
         self.gate = threading.Event()
         self.gate.set()
         self.closed = False
+        self._experts = list(experts)
 
     @property
     def requests(self) -> list[GenerationRequest]:
@@ -83,6 +86,10 @@ class FakeSession:
 
     def speculation(self) -> None:
         return None
+
+    def experts(self) -> ExpertReport | None:
+        """The reports that were given, one a call; the last one stays."""
+        return self._experts.pop(0) if len(self._experts) > 1 else next(iter(self._experts), None)
 
     def stream_generate(self, request: GenerationRequest) -> FakeGeneration:
         self.generations.append(FakeGeneration(self, request))

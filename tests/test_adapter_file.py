@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from engine.residuals.adapter_file import (
     read_card,
     save_accelerator,
 )
+from engine.residuals.shrink import shrink
 from tests import tiny
 
 CONFIG = AcceleratorConfig(depth=2, rank=4, draft_vocab_size=64)
@@ -88,6 +90,13 @@ def test_the_fingerprint_tells_models_apart_and_not_formats(
 
 def test_an_adapter_of_another_model(saved: Path, other: Decoder) -> None:
     assert "was trained for Tiny, which is not the loaded model" in refused(saved, other)
+
+
+def test_a_card_may_name_models_that_it_fits_as_well(saved: Path, decoder: Decoder, other: Decoder) -> None:
+    base = {**read_card(saved)["base_model"], "also_fits": [fingerprint(other)]}
+    edit_card(saved, base_model=base)
+    assert load_accelerator(saved, other).config == load_accelerator(saved, decoder).config == CONFIG
+    assert find_adapter(other, (saved.parent,)) == saved
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -183,3 +192,23 @@ def test_the_shipped_adapter_belongs_to_the_default_model(default_model_path: Pa
     accelerator = load_accelerator(path, decoder)
     agreements = read_card(path)["measured"]["greedy_agreement_by_draft_position"]["mt_bench"]
     assert accelerator.config.depth == 3 and agreements[0] > 0.55
+
+
+def test_a_shrunk_accelerator_keeps_the_strongest_directions(decoder: Decoder) -> None:
+    torch.manual_seed(1)
+    large = Accelerator(replace(CONFIG, rank=8), decoder.config)
+    for parameter in large.parameters():
+        torch.nn.init.normal_(parameter)
+    counts = torch.arange(decoder.config.vocab_size)
+    small = shrink(large, 4, 16, counts)
+    assert small.draft_vocab.tolist() == large.draft_vocab[-16:].tolist()
+    assert torch.equal(small.exit, large.exit) and small.config.rank == 4
+    for index in range(2):
+        for name in ("q", "o", "gate_up", "down"):
+            before, after = (getattr(each.adapters(index), name) for each in (large, small))
+            whole, cut = before.up @ before.down, after.up @ after.down
+            lost = torch.linalg.svdvals(whole)[4:].norm()
+            torch.testing.assert_close((whole - cut).norm(), lost, rtol=1e-3, atol=1e-4)
+    same = shrink(large, 8, 64, counts)
+    x = torch.randn(3, decoder.config.hidden_size)
+    torch.testing.assert_close(same.adapters(0).q(x), large.adapters(0).q(x), rtol=1e-3, atol=1e-4)

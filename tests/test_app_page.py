@@ -16,10 +16,11 @@ from starlette.testclient import TestClient
 
 from app import __version__, telemetry
 from app.chats import StoredMessage
+from app.model_panel import build_model_choice
 from app.page import VisitorStores
 from app.preferences import PreferenceFile
 from app.server import LocalOnly, allowed, build_app
-from app.settings_panel import build_model_choice, read_settings
+from app.settings_panel import read_settings
 from app.startup import HEALTH
 from engine.errors import InvalidRequestError
 from engine.metrics import GenerationMetrics

@@ -9,6 +9,7 @@ import pytest
 from tiny import save_model
 
 from engine import doctor
+from engine.model_report import count_parameters
 
 
 @pytest.fixture
@@ -49,10 +50,13 @@ def test_parameters_are_those_of_transformers(model: Path) -> None:
     from engine.models.checkpoint import open_checkpoint
 
     matrices = sum(p.numel() for p in build_model().parameters() if p.dim() == 2)
-    assert doctor.count_parameters(open_checkpoint(model).config) == matrices
+    assert count_parameters(open_checkpoint(model).config) == matrices
 
 
-def test_a_model_that_is_not_here(slipstream_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_is_not_here(
+    slipstream_home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert doctor.main(["--quick", "--model", "someone/not-here"]) == 0
     assert "not on this machine" in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,15 @@ from fake_engine import FakeSession, ready_host
 
 from app.compare_page import ComparePage
 from app.engine_host import EngineHost, LoadState, ModelChoice
+from app.model_panel import build_model_choice, format_choice
 from app.preferences import PreferenceFile
-from app.settings_panel import build_model_choice, format_choice
 from app.spare_sessions import memory_sentence
 from engine import cli, doctor
 from engine.formats import choosable_formats
 from engine.quantization import WEIGHT_FORMATS
 
 FOR_TESTS = "fp64"
+VISITOR: Any = SimpleNamespace(session_hash="a visitor")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -96,9 +98,9 @@ def test_pages_offer_what_the_loaded_models_device_runs(
         compare = ComparePage(host, preferences, private=True)
     wanted = list(choosable_formats("cpu"))
     assert "int4" not in wanted and "int8" in wanted
-    outputs = private._loading_state()
-    assert [name for _, name in outputs[5].choices] == ["auto", *wanted]
-    assert len(public._loading_state()) == len(outputs) - 1 == 5
+    outputs = private._loading_state(VISITOR)
+    assert [name for _, name in outputs[-1].choices] == ["auto", *wanted]
+    assert len(public._loading_state(VISITOR)) == len(outputs) - 2 == 7
     seen, _, first, _, second, *_ = compare._on_tick(None, "plain", "plain")
     for dropdown in (first, second):
         assert [name for _, name in dropdown.choices] == ["", *wanted]
@@ -106,7 +108,7 @@ def test_pages_offer_what_the_loaded_models_device_runs(
     assert len(compare._on_tick(seen, "plain", "plain")) == 7
     for stage in ("loading", "failed"):
         monkeypatch.setattr(host, "_state", LoadState(stage, "A sentence."))
-        assert len(private._loading_state()) == len(outputs)
+        assert len(private._loading_state(VISITOR)) == len(outputs)
 
 
 def test_what_each_costs_is_told():

@@ -26,6 +26,7 @@ from engine.requests import FinishReason, Piece, Provenance, SamplingParams
 
 DRAFTED, OWN = Provenance.DRAFTED, Provenance.VERIFIED
 BOTH = ("plain", "m2r2")
+VISITOR: Any = SimpleNamespace(session_hash="a visitor")
 
 
 def metrics(drafts: int = 40, accepted: int = 24) -> GenerationMetrics:
@@ -155,13 +156,13 @@ def test_the_next_message_uses_the_chosen_method(chosen: str, runs: str):
 
 def test_the_switch_shows_and_remembers_the_choice(tmp_path: Path):
     page = page_of(tmp_path, FakeSession(methods=BOTH))
-    radio = page._loading_state()[4]
+    radio = page._loading_state(VISITOR)[4]
     assert radio.value == "m2r2" and radio.visible
     page._preferences.save(method="plain", tint_drafted=True)
-    assert page._loading_state()[4].value == "plain"
+    assert page._loading_state(VISITOR)[4].value == "plain"
     again = PreferenceFile(tmp_path / "settings.json").value
     assert again.method == "plain" and again.tint_drafted is True
-    assert not page_of(tmp_path, FakeSession())._loading_state()[4].visible
+    assert not page_of(tmp_path, FakeSession())._loading_state(VISITOR)[4].visible
 
 
 @pytest.mark.parametrize("wrong", [1, "yes", None])

@@ -140,7 +140,7 @@ def test_greedy_output_is_plain_for_every_draft_interval(
     assert run(stepper, fixed(make_drafter(stepper, made), 3), 40)[0] == expected
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny.MOE_FAMILIES])
 def test_every_family_drafts_losslessly(tmp_path: Path, family: str) -> None:
     decoder = load_decoder(tiny.save_model(tmp_path / family, family), "fp64")
     stepper = TorchStepper(decoder)
@@ -177,6 +177,32 @@ def test_the_fused_drafter_drafts_as_the_reference_does(
     torch.testing.assert_close(ours.slow_state, reference.slow_state, rtol=1e-4, atol=1e-5)
     agreement = torch.nn.functional.cosine_similarity(ours.exit_state, reference.exit_state, dim=0)
     assert agreement > 0.999
+    assert abs(ours.confidence - reference.confidence) < 0.2
+
+
+@pytest.mark.parametrize("dense", [[], [0], [2], [1, 2, 3]])
+def test_the_fused_drafter_drafts_through_experts_as_the_reference_does(
+    dense: list[int], tmp_path: Path
+) -> None:
+    """Dense layers and layers with experts in any order; the reference on the same slow states."""
+    folder = tiny.save_model(
+        tmp_path / "moe", "qwen2_moe", num_hidden_layers=NUM_LAYERS, mlp_only_layers=dense
+    )
+    decoder = load_decoder(folder, "fp32")
+    made = accelerator(decoder, 4)
+    drafts = []
+    for stepper in (make_stepper(decoder), TorchStepper(decoder)):
+        cache = decoder.new_cache(64)
+        stepper.prefill(PROMPT[:-1], cache)
+        drafter = make_drafter(stepper, made)
+        condition = drafter.condition(torch.linspace(-1, 1, decoder.config.hidden_size))
+        drafts.append(drafter.draft(PROMPT[-1], condition, cache, len(PROMPT) - 1))
+        hidden = stepper.embed(PROMPT[-1:])
+        own = stepper.run_layers(hidden, cache, len(PROMPT) - 1, 0, 4)
+        torch.testing.assert_close(drafts[-1].slow_state, own, rtol=1e-4, atol=1e-5)
+    ours, reference = drafts
+    agreement = torch.nn.functional.cosine_similarity(ours.exit_state, reference.exit_state, dim=0)
+    assert agreement > 0.995  # roundings of adapters and head, added up over more layers than above
     assert abs(ours.confidence - reference.confidence) < 0.2
 
 

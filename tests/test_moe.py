@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ import pytest
 import torch
 
 from engine import doctor
-from engine.errors import ModelFileError, UnsupportedModelError
-from engine.kernels import fused_unavailable
+from engine.errors import ModelFileError
+from engine.kernels import fused_unavailable, make_fused_stepper
 from engine.loading import load_session
 from engine.models.checkpoint import open_checkpoint
+from engine.models.decoder import Decoder
 from engine.models.feed_forward import MixtureOfExperts
 from engine.models.loader import load_decoder
-from engine.models.stepper import TorchStepper
+from engine.models.stepper import Stepper, TorchStepper, make_stepper
 from engine.requests import GenerationRequest
-from engine.residuals.tuning import TuneRequest, tune
 from tests import tiny
 from tests.test_models import (  # noqa: F401  (the same tests, on the cases below)
     Case,
@@ -46,10 +47,15 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(tmp_path_factory.mktemp("model") / "tiny", *CASES[request.param])
 
 
-@pytest.fixture
-def stepper(case: Case) -> TorchStepper:
-    assert fused_unavailable(case.decoder) == "they run dense models."
-    return TorchStepper(case.decoder)
+@pytest.fixture(params=["torch", "fused"])
+def stepper(request: pytest.FixtureRequest, case: Case) -> Stepper:
+    if request.param == "torch":
+        return TorchStepper(case.decoder)
+    if case.decoder.config.qkv_clip is not None:
+        assert fused_unavailable(case.decoder) == "they do not clip queries and keys."
+        pytest.skip("torch runs it")
+    assert fused_unavailable(case.decoder) is None
+    return make_fused_stepper(case.decoder)
 
 
 @pytest.fixture(scope="module", params=tiny.MOE_FAMILIES)
@@ -71,9 +77,10 @@ def test_a_row_does_not_depend_on_the_others(folder: Path, name: str) -> None:
         torch.testing.assert_close(together, alone)
 
 
-def test_int4_rows_are_the_same_in_any_company(folder: Path) -> None:
-    """Through all layers, to the last bit: what lossless verification of drafts will stand on."""
-    stepper = TorchStepper(load_decoder(folder, "int4"))
+@pytest.mark.parametrize("make", [TorchStepper, make_stepper])
+def test_int4_rows_are_the_same_in_any_company(folder: Path, make: Callable[[Decoder], Stepper]) -> None:
+    """Through all layers, to the last bit: what lossless verification of drafts stands on."""
+    stepper = make(load_decoder(folder, "int4"))
     ids = torch.randint(3, tiny.vocab_size(), (40,), generator=torch.Generator().manual_seed(3))
     caches = [stepper.decoder.new_cache(64) for _ in range(2)]
     for cache in caches:
@@ -81,6 +88,21 @@ def test_int4_rows_are_the_same_in_any_company(folder: Path) -> None:
     together = run(stepper, ids[24:], caches[0], 24)
     alone = torch.cat([run(stepper, ids[at : at + 1], caches[1], at) for at in range(24, 40)])
     assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "bf16", "int4"])
+def test_fused_rows_are_the_same_in_any_company_and_any_prefill(folder: Path, name: str) -> None:
+    stepper = make_stepper(load_decoder(folder, name))
+    ids = torch.randint(3, tiny.vocab_size(), (100,), generator=torch.Generator().manual_seed(3)).tolist()
+    stepper.prefill(ids, whole := stepper.decoder.new_cache(128))
+    pieces, at = stepper.decoder.new_cache(16), 0
+    for size in (1, 2, 3, 5, 64, 25):
+        hidden = stepper.run_layers(stepper.embed(ids[at : at + size]), pieces, at, 0, 3)
+        pieces.length = at = at + size
+    for one, other in zip((*whole.keys, *whole.values), (*pieces.keys, *pieces.values), strict=True):
+        assert torch.equal(one[:, :, :100], other[:, :, :100])
+    again = stepper.run_layers(stepper.embed(ids[-1:]), whole, 99, 0, 3)
+    assert torch.equal(again[0], hidden[-1])
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "bf16"])
@@ -95,7 +117,7 @@ def test_quantized_experts_stay_close(folder: Path, name: str) -> None:
 
 def test_a_session_runs_and_says_what_it_holds(folder: Path) -> None:
     session = load_session("tiny", folder, "auto", "cpu")
-    assert session.info.methods == ("plain",) and session.info.kernel == "torch"
+    assert session.info.methods == ("plain",) and session.info.kernel == "fused"
     assert session.info.num_parameters == sum(
         parameter.numel() for parameter in tiny.build_model(folder.name).parameters()
     )
@@ -124,11 +146,6 @@ def test_a_description_that_cannot_be_is_refused(folder: Path, tmp_path: Path, c
     (broken / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": chosen}))
     with pytest.raises(ModelFileError, match=f"{chosen} of 8 experts"):
         open_checkpoint(broken)
-
-
-def test_tuning_says_that_it_is_for_dense_models(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="dense models only"):
-        tune(TuneRequest(source=str(folder), out=tmp_path / "x.safetensors"), tmp_path / "work")
 
 
 def test_missing_and_misshapen_experts_are_named(folder: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_the_compiler_has_a_process_of_its_own(
     """And where that cannot be had, or leaves nothing, the code is compiled here."""
     kept = {"work": ("_work", b"abc"), "publish": ("_publish", b"de")}
     here: list[Kinds] = []
-    monkeypatch.setattr(native, "_link", lambda symbol, code, arguments: (symbol, code))
+    monkeypatch.setattr(native, "_link", lambda symbol, code, *_: (symbol, code))
     monkeypatch.setattr(native, "_compile", lambda kinds: here.append(kinds) or kept)
     load = native.load_program.__wrapped__
 
@@ -91,7 +92,7 @@ def test_the_compiler_has_a_process_of_its_own(
     assert load(KINDS).work == ("_work", b"abc") and here == [KINDS]
 
     def compile_apart(command: list[str], **options: Any) -> Any:
-        assert command[1:] == ["-m", "engine.kernels.native", KINDS.weights, KINDS.cache, KINDS.draft_head]
+        assert command[1:] == ["-m", "engine.kernels.native", *astuple(KINDS)]
         native._write(native._file(KINDS), kept)
         return subprocess.CompletedProcess(command, 0, "", "")
 

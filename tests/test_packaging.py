@@ -101,3 +101,11 @@ def test_the_results_in_the_readme_are_those_of_the_reports() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == fill(text, ROOT / "assets" / "results")
     assert "m2r2 over plain" in text
+
+
+def test_the_tables_of_the_findings_are_those_of_the_reports() -> None:
+    from engine.evaluation.readme import fill_findings
+
+    results = ROOT / "assets" / "results"
+    text = (results / "README.md").read_text(encoding="utf-8")
+    assert text == fill_findings(text, results)

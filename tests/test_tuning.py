@@ -44,7 +44,6 @@ from tests import tiny
 from tests.tuning_worker import make_quick, small_request
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = ("the", "hello", "stop", "and", "ring", "on", "in", "an", "or", "he", "ll", "12")
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    choose = random.Random(0)
-    lines = [json.dumps({"turns": [" ".join(choose.choices(WORDS, k=3))]}) for _ in range(60)]
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return tiny.save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
 
 
 @pytest.fixture
@@ -93,7 +88,12 @@ def held_out_batches(request: TuneRequest, work: Path) -> tuple[Any, list[Batch]
     return prepared.decoder, [Batch(cut(held_out, group)) for group in in_groups(held_out, 512)]
 
 
-def test_tuning_from_nothing_raises_the_acceptance(model: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_tuning_from_nothing_raises_the_acceptance(
+    family: str, model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    if family != "llama":
+        model = tiny.save_model(tmp_path / family, family, num_hidden_layers=5)
     request = replace(small_request(model, prompts, tmp_path / "a.safetensors", steps=60))
     request = replace(request, data=replace(request.data, num_tokens=2000, num_held_out=8))
     path = tune(request, tmp_path / "work")

@@ -7,6 +7,7 @@ real chat does works on them; only the answers make no sense.
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,12 @@ def save_model(folder: Path, family: str = "llama", seed: int = 0, **changes: An
     build_model(family, seed, **changes).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def save_prompts(path: Path, count: int = 60) -> Path:
+    """Write ``count`` short prompts to ``path`` (JSON Lines); returns it."""
+    choose = random.Random(0)
+    words = ("the", "hello", "stop", "and", "ring", "on", "in", "an", "or", "he", "ll", "12")
+    lines = [json.dumps({"turns": [" ".join(choose.choices(words, k=3))]}) for _ in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path

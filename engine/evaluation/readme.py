@@ -1,4 +1,7 @@
-"""README's results, written from the raw reports alone. Run as ``python -m engine.evaluation.readme``."""
+"""The tables of README and of the findings, written from the raw reports alone.
+
+Run as ``python -m engine.evaluation.readme``.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,37 @@ from typing import Any
 
 from engine.evaluation.report import markdown_table
 from engine.evaluation.statistics import Sample, paired_ratios, quantile, quartiles
+from engine.experts.tables import experts_table, scale_table
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- results: filled from assets/results, by nothing but measurement -->\n"
 END = "<!-- end of results -->"
+_LINKS = ("pcie4x16", "slower-links")  # the expert benchmark's reports
 
 
 def fill(readme: str, folder: Path) -> str:
     """``readme`` with its results section written anew from the reports in ``folder``."""
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}{results_section(folder)}{END}{rest.split(END)[1]}"
+    return _between(readme, BEGIN, results_section(folder), END)
+
+
+def fill_findings(findings: str, folder: Path) -> str:
+    """``findings`` (assets/results/README.md) with its tables of experts written anew from the reports in ``folder``."""
+    experts = "\n".join(experts_table(_read(folder / f"experts-{name}.json")) for name in _LINKS)
+    for name, table in (
+        ("expert tables", experts),
+        ("scale table", scale_table(_read(folder / "scale.json"))),
+    ):
+        findings = _between(findings, f"<!-- {name} -->\n", table, f"<!-- end of {name} -->")
+    return findings
+
+
+def _between(text: str, begin: str, content: str, end: str) -> str:
+    before, rest = text.split(begin)
+    return f"{before}{begin}{content}{end}{rest.split(end)[1]}"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def results_section(folder: Path) -> str:
@@ -27,7 +51,7 @@ def results_section(folder: Path) -> str:
 
 
 def _report(path: Path) -> str:
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = _read(path)
     rows, settings, machine = report["rows"], report["settings"], report["machine"]
     model = next(row["model"] for row in rows).rsplit("/", 1)[-1]
     sampling = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
@@ -63,5 +87,6 @@ def _speedups(rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(fill(path.read_text(encoding="utf-8"), ROOT / "assets" / "results"), encoding="utf-8")
+    results = ROOT / "assets" / "results"
+    for path, written in ((ROOT / "README.md", fill), (results / "README.md", fill_findings)):
+        path.write_text(written(path.read_text(encoding="utf-8"), results), encoding="utf-8")

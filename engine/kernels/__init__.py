@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.stepper import Stepper
 from engine.quantization.base import Linear
@@ -41,24 +42,34 @@ def fused_unavailable(decoder: Decoder) -> str | None:
         return "they are for the CPU."
     if decoder.dtype not in (torch.float32, torch.bfloat16):
         return f"they have no {decoder.dtype} activations."
-    config = decoder.config
-    if config.head_dim % 16 or config.hidden_size % 16:
-        return "head and hidden size must be multiples of 16."
-    if config.experts is not None:
-        return "they run dense models."
     linears = [m for layer in decoder.layers for m in layer.matrices()]
     linears.append(decoder.weights.lm_head)
     if len({_format(m) for m in linears}) > 1 or _format(linears[0]) is None:
         return "they run int4, int8, bf16 and fp32 weights, one format at a time."
-    unit = GROUP_SIZE if isinstance(linears[0], Int4Linear) else 16
-    if any(m.in_features % unit for m in linears) or (decoder.layers[0].dense.down.in_features % 16):
+    return _misfit(decoder.config, isinstance(linears[0], Int4Linear))
+
+
+def store_block(config: ModelConfig) -> int:
+    """Outputs per block in which these kernels want the int4 experts of a store interleaved; 0: torch runs the model,
+    and wants its own order."""
+    return 0 if _misfit(config, True) else int4_block() or 0
+
+
+def _misfit(config: ModelConfig, int4: bool) -> str | None:
+    """Why the kernels cannot run models of these shapes; None if they can."""
+    if config.head_dim % 16 or config.hidden_size % 16:
+        return "head and hidden size must be multiples of 16."
+    if config.qkv_clip is not None:
+        return "they do not clip queries and keys."
+    unit = GROUP_SIZE if int4 else 16
+    if any(inputs % unit for _, inputs in config.all_matrix_shapes()):
         return f"matrix inputs must be multiples of {unit}."
-    if isinstance(linears[0], Int4Linear):
+    if int4:
         block = int4_block()
         if block is None:
             return "this torch packs int4 weights in an order that they do not know."
-        if decoder.layers[0].dense.down.in_features % block:
-            return f"the feed-forward size must be a multiple of {block} for int4."
+        if any(size % block for size in config.feed_forward_sizes):
+            return f"every feed-forward size must be a multiple of {block} for int4."
     return None if find_spec("numba") else "numba is not installed."
 
 
@@ -69,9 +80,18 @@ def make_fused_stepper(decoder: Decoder, num_threads: int | None = None) -> Fuse
         num_threads: None: as many as torch uses.
     """
     began = time.perf_counter()
+    from engine.experts.prediction.accelerated import StreamedDecoder
+    from engine.kernels.expert_stepper import FusedExpertStepper
     from engine.kernels.stepper import FusedStepper
+    from engine.kernels.stream_stepper import FusedStreamStepper
 
-    stepper = FusedStepper(decoder, num_threads or torch.get_num_threads(), int4_block())
+    num_threads, block = num_threads or torch.get_num_threads(), int4_block()
+    if isinstance(decoder, StreamedDecoder):
+        stepper: FusedStepper = FusedStreamStepper(decoder, num_threads, block)
+    elif decoder.config.experts is not None:
+        stepper = FusedExpertStepper(decoder, num_threads, block)
+    else:
+        stepper = FusedStepper(decoder, num_threads, block)
     _log.info("fused kernels ready after %.1f s", time.perf_counter() - began)
     return stepper
 

@@ -11,7 +11,7 @@ from numba import njit
 from engine.kernels.control import ARRIVED, BASE, EPOCH, THREADS, TICKETS
 from engine.kernels.intrinsics import atomic_add, atomic_get, get_i64, give_way, pause, put_i64
 
-_SPINS = 500  # pauses (about 20 us) before a waiting thread lets others have its core
+SPINS = 500  # pauses (about 20 us) before a waiting thread lets others have its core
 
 
 @njit(nogil=True, error_model="numpy")
@@ -24,7 +24,7 @@ def wait(control: int, own: int) -> None:
     while atomic_get(control + 8 * ARRIVED) < target:
         pause()
         spins += 1
-        if spins > _SPINS:
+        if spins > SPINS:
             give_way()
 
 

@@ -13,12 +13,18 @@ SEQUENCE, ARRIVED, TICKETS = 0, 16, 32
 ) = range(48, 73)  # fmt: skip
 # For draft steps. The maps and the head are addresses of descriptors; START_MAP is 0 where there is none.
 ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS, CONFIDENCE = range(73, 81)
-RANKS = 96  # per thread RANK_FIELDS
+# For layers with experts (:mod:`engine.kernels.expert_phases`).
+(
+    WHOLE_NORM, NORMED, ROUTER, TOP_K, NORMALIZE, CHOSEN, WEIGHTS, EXPERTS, NUM_EXPERTS, PLACES, NUM_PLACES, ADD_UP,
+    ROUTER_LOGITS, SIDE_ROWS, SIDE_QUERY, SIDE_OUTPUT, SIDE_ATTENTION, SIDE_FEED_FORWARD, SIDE_OUT,
+) = range(81, 100)  # fmt: skip
+RANKS = 112  # per thread RANK_FIELDS
 RANK_FIELDS = 16
 (
-    EPOCH, BASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,
-) = range(11)  # fmt: skip
-RUN_LAYERS, RUN_MATMUL, RUN_DRAFT, STOP = range(1, 5)
+    EPOCH, BASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED, OWN_FACTORS,
+    OWN_PAIR, OWN_LOGITS,
+) = range(14)  # fmt: skip
+RUN_LAYERS, RUN_MATMUL, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 7)
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.
 LINEAR_FIELDS = 6
@@ -33,3 +39,14 @@ LAYER_FIELDS = QKV + 4 * LINEAR_FIELDS
 # A layer's adapters: two linears each, down to the rank and up again.
 Q_ADAPTER, O_ADAPTER, GATE_UP_ADAPTER, DOWN_ADAPTER = (pair * 2 * LINEAR_FIELDS for pair in range(4))
 ADAPTER_FIELDS = 8 * LINEAR_FIELDS
+
+# A router's record: its linear (router, and below it the shared expert's gate, if there is one), the number of routed
+# experts, and how the shared expert weighs: 0, there is none; 1, fully; 2, by its gate.
+ROUTER_NUM_EXPERTS, ROUTER_SHARED = LINEAR_FIELDS, LINEAR_FIELDS + 1
+ROUTER_FIELDS = LINEAR_FIELDS + 2
+
+# One expert's work: its two linears, and the addresses of its inputs ``[rows, D]``, of what is between the linears
+# ``[rows, F]`` and of its outputs ``[rows, D]``.
+EXPERT_GATE_UP, EXPERT_DOWN = 0, LINEAR_FIELDS
+EXPERT_IN, EXPERT_COUNT, EXPERT_ACT, EXPERT_OUT = range(2 * LINEAR_FIELDS, 2 * LINEAR_FIELDS + 4)
+EXPERT_FIELDS = 2 * LINEAR_FIELDS + 4

@@ -1,7 +1,7 @@
 """One draft step of the accelerated stream, as every thread of the team runs it.
 
 Row 0 is the slow stream's own row of the token, row 1 the accelerated stream's: start map | layers | exit map |
-draft head. What each of them is: :mod:`engine.residuals.accelerator`.
+draft head. Where some of the layers have experts, the step is run in parts. What each of them is: :mod:`engine.residuals.accelerator`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from engine.kernels.barrier import wait
 from engine.kernels.control import (
     ADAPTER_FIELDS,
     ADAPTERS,
@@ -21,6 +22,7 @@ from engine.kernels.control import (
     DRAFT_LOGITS,
     EPS,
     EXIT_MAP,
+    FIRST,
     HIDDEN,
     HIDDEN_SIZE,
     LAST,
@@ -40,23 +42,31 @@ from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row
 
 @njit(nogil=True, error_model="numpy")
 def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int) -> None:
-    """From the token's embedding ``HIDDEN`` and the stream's ``CONDITION``, both ``[D]``: the slow state
-    behind the draft layers goes to ``OUT``, the unnormed exit state to ``DRAFT_BUFFER``, the draft logits
-    to ``DRAFT_LOGITS`` (as powers of e, the best 1), the best token's probability to ``CONFIDENCE``. ``NORM`` is the final norm's gain."""
+    """Layers ``FIRST .. LAST - 1`` from ``HIDDEN [2, D]`` to ``OUT [2, D]``. A step that begins with layer 0 takes the
+    token's embedding ``HIDDEN [D]`` and the stream's ``CONDITION [D]`` instead.
+
+    Where there is an ``EXIT_MAP``, the unnormed exit state goes to ``DRAFT_BUFFER``, the draft logits to
+    ``DRAFT_LOGITS`` (as powers of e, the best 1), the best token's probability to ``CONFIDENCE``. ``NORM`` is the
+    final norm's gain.
+    """
     size, condition = get_i64(control + 8 * HIDDEN_SIZE), get_i64(control + 8 * CONDITION)
-    h, x, embedded = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_X), get_i64(control + 8 * HIDDEN)
+    h, x, hidden = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_X), get_i64(control + 8 * HIDDEN)
     state, buffer = h + 4 * size, get_i64(control + 8 * DRAFT_BUFFER)
-    copy_row(h, embedded, size)
-    copy_row(state, embedded, size)
-    if get_i64(control + 8 * START_MAP) != 0:
+    first = get_i64(control + 8 * FIRST)
+    copy_row(h, hidden, size)
+    copy_row(state, hidden if first == 0 else hidden + 4 * size, size)
+    if first == 0 and get_i64(control + 8 * START_MAP) != 0:
         matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * START_MAP), condition, 1, buffer)
         add_parts(state, buffer, 0, 1, size)
-    for index in range(get_i64(control + 8 * LAST)):
+    for index in range(first, get_i64(control + 8 * LAST)):
         layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
         adapters = get_i64(control + 8 * ADAPTERS) + index * (8 * ADAPTER_FIELDS)
         run_layer(tag, kv, kv_size, control, own, layer, adapters, False)
     if rank == 0:
-        copy_row(get_i64(control + 8 * OUT), h, size)
+        copy_row(get_i64(control + 8 * OUT), h, 2 * size)
+    if get_i64(control + 8 * EXIT_MAP) == 0:
+        wait(control, own)  # nobody may return while another still reads what the caller will write next
+        return
     copy_row(x, state, size)
     copy_row(x + 4 * size, condition, size)
     matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * EXIT_MAP), x, 1, buffer)

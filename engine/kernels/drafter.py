@@ -1,19 +1,22 @@
-"""Draft steps on the fused kernels: one command of the team for each."""
+"""Draft steps on the fused kernels: one command of the team for each, and more where layers have experts."""
 
 from __future__ import annotations
 
+from collections.abc import Container
+from typing import cast
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.kernels import control
+from engine.kernels.adapters import describe_adapter, int8_map
+from engine.kernels.expert_stepper import FusedExpertStepper, Side
 from engine.kernels.stepper import FusedStepper
 from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
-from engine.quantization.int8 import Int8Format
-from engine.residuals.accelerator import Accelerator, LowRank
+from engine.residuals.accelerator import Accelerator
 from engine.residuals.drafter import Draft, cut_head, whole_blocks
 
 _CPU = torch.device("cpu")
@@ -22,8 +25,8 @@ _CPU = torch.device("cpu")
 class FusedDrafter:
     """A :class:`engine.residuals.drafter.Drafter` on a :class:`FusedStepper`.
 
-    Adapters and maps are rounded to int8 and the draft head to int4, whatever the model's own format: drafts
-    may be wrong, and every byte not read is time. The slow row has the stepper's own bits.
+    Adapters and maps are rounded to int8 and the draft head to int4, whatever the model's own format. The slow row
+    has the stepper's own bits.
     """
 
     def __init__(self, stepper: FusedStepper, accelerator: Accelerator) -> None:
@@ -34,36 +37,40 @@ class FusedDrafter:
         vocab = whole_blocks(accelerator.draft_vocab)
         self._vocab = vocab.numpy()
         self._adapters = np.zeros((self.depth, control.ADAPTER_FIELDS), np.int64)
+        self._sides: dict[int, Side] = {}  # of the layers with experts
         for index in range(self.depth):
             adapters = accelerator.adapters(index)
-            halves = [
-                half
-                for pair in (adapters.q, adapters.o, adapters.gate_up, adapters.down)
-                for half in _halves(pair)
-            ]
-            self._adapters[index] = np.concatenate([table.describe(half) for half in halves])
+            pairs = [adapters.q, adapters.o]
+            pairs += (
+                [adapters.experts] if decoder.config.is_sparse(index) else [adapters.gate_up, adapters.down]
+            )
+            described = np.concatenate([describe_adapter(table, pair) for pair in pairs])
+            self._adapters[index, : described.size] = described
+            if decoder.config.is_sparse(index):
+                places = (control.SIDE_QUERY, control.SIDE_OUTPUT, control.SIDE_FEED_FORWARD)
+                step = 8 * 2 * control.LINEAR_FIELDS
+                at = self._adapters[index].ctypes.data
+                self._sides[index] = Side(1, {place: at + n * step for n, place in enumerate(places)})
+        self._parts = _parts(self.depth, self._sides)
         head = _draft_head(stepper, vocab)
         start = 0
         if accelerator.start is not None:
-            start = table.describe(_int8(accelerator.start)).ctypes.data
+            start = table.describe(int8_map(accelerator.start)).ctypes.data
         self._logits = np.zeros(head.out_features, np.float32)
         self._exit = torch.zeros(decoder.config.hidden_size)
+        self._exit_map = table.describe(int8_map(accelerator.exit)).ctypes.data
         self._fields = {
             control.ROWS: 2,
-            control.LAST: self.depth,
             control.NORM: stepper.final_norm,
             control.ADAPTERS: self._adapters.ctypes.data,
             control.START_MAP: start,
-            control.EXIT_MAP: table.describe(_int8(accelerator.exit)).ctypes.data,
             control.DRAFT_HEAD: table.describe(head).ctypes.data,
             control.DRAFT_BUFFER: self._exit.data_ptr(),
             control.DRAFT_LOGITS: self._logits.ctypes.data,
         }
-        rank = max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
-        for thread in range(stepper.num_threads):
-            own = control.RANKS + thread * control.RANK_FIELDS
-            stepper.team.control[own + control.OWN_LOW] = stepper.buffer(rank + 16)
-            stepper.team.control[own + control.OWN_RAISED] = stepper.buffer(64)
+        stepper.reserve_adapters(
+            max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
+        )
 
     def condition(self, final: Tensor) -> Tensor:
         values = final.numpy()
@@ -72,29 +79,54 @@ class FusedDrafter:
     def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
         stepper = self.stepper
         stepper.follow(cache, position + 1)
-        stepper.use_positions((position, position), (True, False))
-        embedded = stepper.embed([token])
-        slow = torch.empty_like(embedded)
-        fields = {
-            **self._fields,
-            control.HIDDEN: embedded.data_ptr(),
-            control.OUT: slow.data_ptr(),
-            control.CONDITION: condition.data_ptr(),
-        }
-        stepper.team.run(control.RUN_DRAFT, fields)
+        rows = stepper.embed([token])
+        for part in self._parts:
+            if isinstance(part, int):
+                rows = self._run_experts(part, rows, position)
+            else:
+                rows = self._run_dense(part, rows, condition, position)
         best = int(self._logits.argmax())
         confidence = float(stepper.team.control[control.CONFIDENCE :].view(np.float32)[0])
-        return Draft(int(self._vocab[best]), confidence, slow, self.condition(self._exit))
+        return Draft(int(self._vocab[best]), confidence, rows[:1], self.condition(self._exit))
+
+    def _run_dense(self, layers: range, rows: Tensor, condition: Tensor, position: int) -> Tensor:
+        """Neighbouring dense layers, if any, with the start map before the first layer and the exit behind the last."""
+        out = torch.empty(2, rows.shape[1])
+        self.stepper.use_positions((position, position), (True, False))
+        fields = {
+            **self._fields,
+            control.FIRST: layers.start,
+            control.LAST: layers.stop,
+            control.EXIT_MAP: self._exit_map if layers.stop == self.depth else 0,
+            control.HIDDEN: rows.data_ptr(),
+            control.OUT: out.data_ptr(),
+            control.CONDITION: condition.data_ptr(),
+        }
+        self.stepper.team.run(control.RUN_DRAFT, fields)
+        return out
+
+    def _run_experts(self, index: int, rows: Tensor, position: int) -> Tensor:
+        stepper = cast(FusedExpertStepper, self.stepper)
+        attended = stepper.attend(index, rows, (position, position), (True, False), self._sides[index])
+        if stepper.decoder.watch is not None:
+            stepper.decoder.watch(index, attended.hidden[None, :1])
+        return stepper.feed_forward(index, attended)
 
 
-def _int8(weight: Tensor) -> Linear:
-    return Int8Format().pack(weight.detach(), None, _CPU)
-
-
-def _halves(adapter: LowRank) -> tuple[Linear, Linear]:
-    """Both matrices of an adapter, the rank padded with zeros to what the kernels count in."""
-    padding = -adapter.down.shape[0] % 16
-    return _int8(F.pad(adapter.down, (0, 0, 0, padding))), _int8(F.pad(adapter.up, (0, padding)))
+def _parts(depth: int, sparse: Container[int]) -> list[range | int]:
+    """A draft step's layers: ranges of dense ones, an empty one perhaps at the start and at the end, and single ones
+    with experts."""
+    found: list[range | int] = []
+    index = 0
+    while True:
+        end = next((i for i in range(index, depth) if i in sparse), depth)
+        found.append(range(index, end))
+        if end == depth:
+            return found
+        while end < depth and end in sparse:
+            found.append(end)
+            end += 1
+        index = end
 
 
 def _draft_head(stepper: FusedStepper, vocab: Tensor) -> Linear:
@@ -106,4 +138,4 @@ def _draft_head(stepper: FusedStepper, vocab: Tensor) -> Linear:
     rows = head.dequantize()[vocab]
     if stepper.draft_head_is_int4:
         return Int4Format().pack(quantize_groups(rows), None, _CPU)
-    return _int8(rows)
+    return int8_map(rows)

@@ -47,16 +47,22 @@ class LinearTable:
         known = self._linears.get((id(linear), parts))
         if known is not None:
             return known[1]
+        described = self._descriptor(linear, self.vector(linear.bias), parts)
+        self._linears[id(linear), parts] = (linear, described)  # the reference keeps the id and the memory
+        return described
+
+    def describe_passing(self, linear: Linear) -> np.ndarray:
+        """The descriptor of a linear without a bias whose memory belongs to somebody else; nothing is kept."""
+        return self._descriptor(linear, 0, 1)
+
+    def _descriptor(self, linear: Linear, bias: int, parts: int) -> np.ndarray:
         if isinstance(linear, Int4Linear):
             linear.interleave(self._int4_block)
             weight, scales = linear.packed, linear.scales_and_zeros.data_ptr()
         elif isinstance(linear, Int8Linear):
-            weight, scales = linear.weight, self.vector(linear.scales)
+            weight, scales = linear.weight, linear.scales.data_ptr()
         else:
             assert isinstance(linear, DenseLinear)
             weight, scales = linear.weight, 0
-        bias = self.vector(linear.bias)
         fields = [weight.data_ptr(), scales, bias, linear.out_features, linear.in_features, parts]
-        described = np.array(fields, np.int64)
-        self._linears[id(linear), parts] = (linear, described)  # the reference keeps the id and the memory
-        return described
+        return np.array(fields, np.int64)

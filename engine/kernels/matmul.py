@@ -160,7 +160,7 @@ def _row_major_block(
         for r in range(rows):
             for j in range(width):
                 at = out + 4 * (r * out_step + j)
-                put_f32(at, get_f32(at) * get_f32(scales + 4 * (output + j)))
+                put_f32(at, get_f32(at) * get_wide(_BF16, scales + 2 * (output + j)))
     if part == 0:
         _add_bias(linear, output, width, out, out_step, rows)
 

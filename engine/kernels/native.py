@@ -1,6 +1,6 @@
 """The compiled kernels as functions: from the disk cache, or compiled first.
 
-Numba compiles them once for each CPU and kind of weights, which takes half a minute; with its own cache
+Numba compiles them once for each CPU and kind of weights, which takes most of a minute; with its own cache
 it would still be imported at every start. Here the object code is kept and linked by LLVM alone.
 """
 
@@ -23,23 +23,25 @@ from typing import Any
 from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
-_TIMEOUT = 600.0  # seconds; it takes half a minute on two slow cores
+_TIMEOUT = 600.0  # seconds; it takes most of a minute on two slow cores
 
 
 @dataclass(frozen=True)
 class Kinds:
     """Which code: dtype names that stand for the weights' format, the cache's type and the draft head's
-    format (:mod:`engine.kernels.matmul` says which)."""
+    format (:mod:`engine.kernels.matmul` says which), and which models it is for: ``dense``, or with ``experts``,
+    whose code takes half as long again to compile."""
 
     weights: str
     cache: str
     draft_head: str
+    models: str = "dense"
 
 
 @dataclass(frozen=True)
 class Program:
-    """The entry points; :func:`engine.kernels.program.native_code` says what they do. They run without the
-    interpreter lock."""
+    """The entry points; :func:`engine.kernels.program.native_code` says what they do. ``work`` runs without the
+    interpreter lock; ``publish`` keeps it: it is one instruction, and to have the lock back would take longer."""
 
     work: Callable[[int, int, int], None]  # control block, rank, patience
     publish: Callable[[int], None]  # control block
@@ -54,11 +56,13 @@ def load_program(kinds: Kinds) -> Program:
         objects = _read(file)
     if objects is None:
         objects = _compile(kinds)
-    return Program(_link(*objects["work"], 3), _link(*objects["publish"], 1))
+    return Program(
+        _link(*objects["work"], ctypes.CFUNCTYPE, 3), _link(*objects["publish"], ctypes.PYFUNCTYPE, 1)
+    )
 
 
 def _file(kinds: Kinds) -> Path:
-    return _folder() / f"{kinds.weights}-{kinds.cache}-{kinds.draft_head}.o"
+    return _folder() / f"{'-'.join(astuple(kinds))}.o"
 
 
 def _compile_apart(kinds: Kinds) -> bool:
@@ -150,7 +154,7 @@ _nowhere = (ctypes.c_void_p * 8)()
 _NOWHERE = ctypes.addressof(_nowhere)
 
 
-def _link(symbol: str, code: bytes, arguments: int) -> Callable[..., None]:
+def _link(symbol: str, code: bytes, convention: Callable[..., Any], arguments: int) -> Callable[..., None]:
     import llvmlite.binding as llvm
 
     _register_symbols()
@@ -159,7 +163,7 @@ def _link(symbol: str, code: bytes, arguments: int) -> Callable[..., None]:
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
-    kind = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * arguments)
+    kind = convention(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * arguments)
     return partial(kind(engine.get_function_address(symbol)), _NOWHERE, _NOWHERE + 8)
 
 

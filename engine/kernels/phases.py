@@ -48,6 +48,7 @@ from engine.kernels.control import (
     OUT,
     OUTPUTS,
     OWN_EXTRAS,
+    OWN_FACTORS,
     OWN_H,
     OWN_KV,
     OWN_LOW,
@@ -66,13 +67,15 @@ from engine.kernels.control import (
     ROWS,
     SIN,
     VALUES,
+    WHOLE_NORM,
     WINDOW,
     WRITES,
 )  # fmt: skip
 from engine.kernels.intrinsics import dot, dots, get_f32, get_i64, mix, mix_narrow, put_f32, put_rounded, top
 from engine.kernels.matmul import block_width, multiply_block, prepare_rows
-from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row, rotate_row, silu_times
+from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row, rotate_row, scale_row, silu_times
 
+_FLOAT32 = np.float32(0.0)
 ADAPTER_TAG = np.int8(0)  # adapters and maps are int8, whatever the model's own format
 _MINUS_INFINITY = np.float32(-np.inf)
 
@@ -184,6 +187,18 @@ def _turn(control: int, head: int, norm: int, position: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
+def _whole_factor(control: int, own: int, source: int, part_step: int, parts: int, heads: int) -> float:
+    """What an RMSNorm over ``heads`` neighbouring heads of the projection multiplies them by."""
+    size, scratch = get_i64(control + 8 * HEAD_DIM), get_i64(own + 8 * OWN_KV)
+    total = np.float32(0.0)
+    for head in range(heads):
+        _join(scratch, source + 4 * head * size, part_step, parts, size)
+        total += dot(_FLOAT32, scratch, scratch, size)
+    mean = total / np.float32(heads * size)
+    return np.float32(1.0) / np.sqrt(np.float32(mean + get_f32(control + 8 * EPS)))
+
+
+@njit(nogil=True, error_model="numpy")
 def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> None:
     """Rotated keys and values of all rows that write, into the cache. Every thread writes the same bits,
     which is cheaper than a barrier."""
@@ -196,16 +211,22 @@ def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> N
     width = (heads + 2 * kv_heads) * size
     buffer, scratch = get_i64(control + 8 * QKV_BUFFER), get_i64(own + 8 * OWN_KV)
     parts = get_i64(layer + 8 * (QKV + PARTS))
-    norm = get_i64(layer + 8 * K_NORM)
+    norm, whole = get_i64(layer + 8 * K_NORM), get_i64(control + 8 * WHOLE_NORM) != 0
     for row in range(rows):
         if get_i64(get_i64(control + 8 * WRITES) + 8 * row) == 0:
             continue
         position = get_i64(get_i64(control + 8 * POSITIONS) + 8 * row)
+        factor = np.float32(1.0)
+        if whole:
+            keys = buffer + 4 * (row * width + heads * size)
+            factor = _whole_factor(control, own, keys, 4 * rows * width, parts, kv_heads)
         for head in range(2 * kv_heads):
             source = buffer + 4 * (row * width + (heads + head) * size)
             _join(scratch, source, 4 * rows * width, parts, size)
             if head < kv_heads:
-                _turn(control, scratch, norm, position)
+                if whole:
+                    scale_row(scratch, scratch, norm + 4 * head * size, factor, size)
+                _turn(control, scratch, 0 if whole else norm, position)
                 target = get_i64(layer + 8 * KEYS) + (head * capacity + position) * size * kv_size
             else:
                 target = (
@@ -233,7 +254,13 @@ def _attend(
     _join(query, source, 4 * rows * width, get_i64(layer + 8 * (QKV + PARTS)), size)
     if adapter != 0 and row == 1:
         _add_raised(own, adapter, head * size, size, query)
-    _turn(control, query, get_i64(layer + 8 * Q_NORM), position)
+    norm = get_i64(layer + 8 * Q_NORM)
+    if get_i64(control + 8 * WHOLE_NORM) != 0:
+        scale_row(
+            query, query, norm + 4 * head * size, get_f32(get_i64(own + 8 * OWN_FACTORS) + 4 * row), size
+        )
+        norm = 0
+    _turn(control, query, norm, position)
     window = get_i64(layer + 8 * WINDOW)
     begin = max(0, position + 1 - window) if window > 0 else 0
     count = position + 1 - begin
@@ -263,9 +290,15 @@ def _attend(
 @njit(nogil=True, error_model="numpy")
 def _attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, x: int, adapter: int) -> None:
     """All heads of all rows; ``x`` is what the projection was made of."""
-    heads = get_i64(control + 8 * HEADS)
-    tasks = get_i64(control + 8 * ROWS) * heads
+    heads, rows = get_i64(control + 8 * HEADS), get_i64(control + 8 * ROWS)
+    tasks = rows * heads
     _write_cache(kv, kv_size, control, own, layer)
+    if get_i64(control + 8 * WHOLE_NORM) != 0:
+        width = (heads + 2 * get_i64(control + 8 * KV_HEADS)) * get_i64(control + 8 * HEAD_DIM)
+        buffer, parts = get_i64(control + 8 * QKV_BUFFER), get_i64(layer + 8 * (QKV + PARTS))
+        for row in range(rows):
+            factor = _whole_factor(control, own, buffer + 4 * row * width, 4 * rows * width, parts, heads)
+            put_f32(get_i64(own + 8 * OWN_FACTORS) + 4 * row, factor)
     if adapter != 0:
         _lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)))
     task = take(control, own)
@@ -276,31 +309,72 @@ def _attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, 
 
 
 @njit(nogil=True, error_model="numpy")
-def run_layer(
-    tag: Any, kv: Any, kv_size: int, control: int, own: int, layer: int, adapters: int, last: bool
-) -> None:
-    """One layer on every thread's own copy of the residual rows.
+def lower_rows(own: int, adapter: int, x: int, rows: int) -> None:
+    """An adapter's first half on some rows, into this thread's own scratch."""
+    low, rank = get_i64(own + 8 * OWN_LOW), get_i64(adapter + 8 * OUTPUTS)
+    for output in range(0, rank, ROW_MAJOR_BLOCK):
+        multiply_block(ADAPTER_TAG, adapter, output, 0, x, x, low + 4 * output, rank, rows)
 
-    ``adapters``: address of the layer's record of adapters for row 1, or 0. ``last``: leave out the sum
-    behind the last barrier.
-    """
+
+@njit(nogil=True, error_model="numpy")
+def add_raised_rows(own: int, adapter: int, rows: int, out: int) -> None:
+    """Add an adapter's second half to ``out``, of the rows that :func:`lower_rows` was given."""
+    up = adapter + 8 * LINEAR_FIELDS
+    low, raised, size = get_i64(own + 8 * OWN_LOW), get_i64(own + 8 * OWN_RAISED), get_i64(up + 8 * OUTPUTS)
+    for output in range(0, size, ROW_MAJOR_BLOCK):
+        multiply_block(ADAPTER_TAG, up, output, 0, low, low, raised, ROW_MAJOR_BLOCK, rows)
+        count = min(ROW_MAJOR_BLOCK, size - output)
+        for row in range(rows):
+            add_parts(out + 4 * (row * size + output), raised + 4 * row * ROW_MAJOR_BLOCK, 0, 1, count)
+
+
+@njit(nogil=True, error_model="numpy")
+def attend_layer(
+    tag: Any,
+    kv: Any,
+    kv_size: int,
+    control: int,
+    own: int,
+    layer: int,
+    query: int,
+    output: int,
+    beside: int,
+    last: int,
+) -> None:
+    """The attention part of a layer on every thread's own copy of the residual rows. ``query`` and ``output`` are
+    adapters for row 1, ``beside`` is one beside the whole part, for the ``last`` rows; or 0."""
     rows, x = get_i64(control + 8 * ROWS), get_i64(own + 8 * OWN_X)
-    mixed, act, parts = (
-        get_i64(control + 8 * MIXED),
-        get_i64(control + 8 * ACT),
-        get_i64(control + 8 * PARTS_BUFFER),
-    )
-    query, output, gate_up, down = 0, 0, 0, 0
-    if adapters != 0:
-        query, output = adapters + 8 * Q_ADAPTER, adapters + 8 * O_ADAPTER
-        gate_up, down = adapters + 8 * GATE_UP_ADAPTER, adapters + 8 * DOWN_ADAPTER
+    mixed, parts = get_i64(control + 8 * MIXED), get_i64(control + 8 * PARTS_BUFFER)
+    first = 4 * (rows - last) * get_i64(control + 8 * HIDDEN_SIZE)
     norm_rows(control, own, get_i64(layer + 8 * ATTN_NORM))
+    if beside != 0:
+        lower_rows(own, beside, x + first, last)
     matmul_phase(tag, control, own, layer + 8 * QKV, x, rows, get_i64(control + 8 * QKV_BUFFER))
     _attention_phase(kv, kv_size, control, own, layer, x, query)
     matmul_phase(tag, control, own, layer + 8 * O_PROJ, mixed, rows, parts)
     _add_residual(control, own, layer + 8 * O_PROJ, output, mixed)
+    if beside != 0:
+        add_raised_rows(own, beside, last, get_i64(own + 8 * OWN_H) + first)
+
+
+@njit(nogil=True, error_model="numpy")
+def run_layer(
+    tag: Any, kv: Any, kv_size: int, control: int, own: int, layer: int, adapters: int, last: bool
+) -> None:
+    """One dense layer on every thread's own copy of the residual rows.
+
+    ``adapters``: address of the layer's record of adapters for row 1, or 0. ``last``: leave out the sum
+    behind the last barrier.
+    """
+    query, output, gate_up, down = 0, 0, 0, 0
+    if adapters != 0:
+        query, output = adapters + 8 * Q_ADAPTER, adapters + 8 * O_ADAPTER
+        gate_up, down = adapters + 8 * GATE_UP_ADAPTER, adapters + 8 * DOWN_ADAPTER
+    attend_layer(tag, kv, kv_size, control, own, layer, query, output, 0, 0)
+    x, act = get_i64(own + 8 * OWN_X), get_i64(control + 8 * ACT)
     norm_rows(control, own, get_i64(layer + 8 * MLP_NORM))
     _gate_up_phase(tag, control, own, layer + 8 * GATE_UP_PROJ, x, act, gate_up)
+    rows, parts = get_i64(control + 8 * ROWS), get_i64(control + 8 * PARTS_BUFFER)
     matmul_phase(tag, control, own, layer + 8 * DOWN_PROJ, act, rows, parts)
     if not last:
         _add_residual(control, own, layer + 8 * DOWN_PROJ, down, act)

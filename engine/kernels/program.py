@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from numba import int64, njit
 
+from engine.kernels.barrier import SPINS
 from engine.kernels.control import (
     COMMAND,
     RANK_FIELDS,
     RANKS,
+    RUN_ATTENTION,
     RUN_DRAFT,
+    RUN_EXPERTS,
     RUN_LAYERS,
     RUN_MATMUL,
     SEEN,
@@ -20,7 +23,8 @@ from engine.kernels.control import (
     STOP,
 )
 from engine.kernels.draft_phases import run_draft
-from engine.kernels.intrinsics import atomic_add, atomic_get, get_i64, pause, put_i64
+from engine.kernels.expert_phases import run_attention, run_experts
+from engine.kernels.intrinsics import atomic_add, atomic_get, get_i64, give_way, pause, put_i64
 from engine.kernels.native import Kinds
 from engine.kernels.phases import run_layers, run_matmul
 
@@ -37,6 +41,19 @@ def execute(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, 
         run_draft(tag, kv, head, kv_size, control, own, rank)
 
 
+@njit(nogil=True, error_model="numpy")
+def execute_with_experts(
+    tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int
+) -> None:
+    """As :func:`execute`, with the commands for layers with experts."""
+    if get_i64(control + 8 * COMMAND) == RUN_ATTENTION:
+        run_attention(tag, kv, kv_size, control, own, rank)
+    elif get_i64(control + 8 * COMMAND) == RUN_EXPERTS:
+        run_experts(tag, control, own, rank)
+    else:
+        execute(tag, kv, head, kv_size, control, own, rank)
+
+
 def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     """The entry points for ``kinds``, compiled for this CPU: of each its symbol and its object file.
 
@@ -46,6 +63,7 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     """
     tag, kv, head = (np.dtype(name).type(0) for name in (kinds.weights, kinds.cache, kinds.draft_head))
     kv_size = kv.nbytes
+    run = execute_with_experts if kinds.models == "experts" else execute
 
     def work(control: int, rank: int, patience: int) -> None:
         own = control + 8 * (RANKS + rank * RANK_FIELDS)
@@ -55,12 +73,14 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
                 if atomic_get(control + 8 * SEQUENCE) == get_i64(own + 8 * SEEN):
                     pause()
                     spins += 1
+                    if spins % SPINS == 0:  # whoever reads experts from the disk needs a core now and then
+                        give_way()
                     continue
                 put_i64(own + 8 * SEEN, get_i64(own + 8 * SEEN) + 1)
                 if get_i64(control + 8 * COMMAND) == STOP:
                     put_i64(own + 8 * SEEN, -1)
                     break
-            execute(tag, kv, head, kv_size, control, own, rank)
+            run(tag, kv, head, kv_size, control, own, rank)
             if rank == 0:
                 break
             spins = 0

@@ -107,6 +107,22 @@ def scale_row(typingctx: Any, out: Any, x: Any, weight: Any, factor: Any, count:
 
 
 @intrinsic
+def add_scaled(typingctx: Any, out: Any, x: Any, factor: Any, count: Any) -> Any:
+    """``out += factor * x``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, base, scalar, length = args
+        wide = splat(builder, scalar)
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            where = _at(builder, target, index)
+            value = builder.fmul(load(builder, _at(builder, base, index), VF32), wide)
+            store(builder, builder.fadd(load(builder, where, VF32), value), where)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
 def silu_times(typingctx: Any, out: Any, gate: Any, up: Any, count: Any) -> Any:
     """``out = silu(gate) * up``."""
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from engine.kernels import control
 from engine.kernels.linears import LinearTable
 from engine.kernels.native import Kinds
-from engine.kernels.team import Team
+from engine.kernels.team import PATIENCE, Team
 from engine.models.decoder import Decoder, LayerWeights
+from engine.models.feed_forward import FeedForward
 from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import GROUP_SIZE, Int4Linear
@@ -32,6 +33,7 @@ class FusedStepper:
 
     name = "fused"
     max_rows = MAX_ROWS
+    patience = PATIENCE
 
     def __init__(self, decoder: Decoder, num_threads: int, int4_block: int | None = 64) -> None:
         self.decoder = decoder
@@ -46,14 +48,16 @@ class FusedStepper:
         # The draft head is int4 wherever it can be: what a draft step reads most of is its head.
         self.draft_head_is_int4 = int4_block is not None and decoder.config.hidden_size % GROUP_SIZE == 0
         head = self.table.int4_kind if self.draft_head_is_int4 else "int8"
-        self.team = Team(num_threads, Kinds(self._kind, "float32" if self._wide else "uint16", head))
+        models = "dense" if decoder.config.experts is None else "experts"
+        kinds = Kinds(self._kind, "float32" if self._wide else "uint16", head, models)
+        self.team = Team(num_threads, kinds, self.patience)
         self._layers = np.zeros((len(decoder.layers), control.LAYER_FIELDS), np.int64)
         for index, layer in enumerate(decoder.layers):
             self._describe_layer(index, layer)
         self.final_norm = self.table.vector(decoder.weights.final_norm)
         self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
         self._rope_seen = -1
-        self._score_slots = 0
+        self._score_slots = self._adapter_rank = 0
         self._allocate()
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -154,6 +158,9 @@ class FusedStepper:
         blocks = -(-linear.out_features // width)
         return max(1, min(-(-_MIN_TASKS // blocks), linear.in_features // _MIN_PART))
 
+    def _down_parts(self, linear: Linear) -> int:
+        return self._parts(linear)
+
     def _describe_layer(self, index: int, layer: LayerWeights) -> None:
         record = self._layers[index]
         record[control.ATTN_NORM] = self.table.vector(layer.attn_norm)
@@ -161,12 +168,13 @@ class FusedStepper:
         record[control.Q_NORM] = self.table.vector(layer.q_norm)
         record[control.K_NORM] = self.table.vector(layer.k_norm)
         record[control.WINDOW] = self.decoder.config.sliding_window(index) or 0
-        places = (
+        places = [
             (control.QKV, layer.qkv, self._parts(layer.qkv)),
             (control.O_PROJ, layer.o, self._parts(layer.o)),
-            (control.GATE_UP_PROJ, layer.dense.gate_up, 1),  # SiLU needs whole sums
-            (control.DOWN_PROJ, layer.dense.down, self._parts(layer.dense.down)),
-        )
+        ]
+        if isinstance(layer.ffn, FeedForward):
+            places.append((control.GATE_UP_PROJ, layer.ffn.gate_up, 1))  # SiLU needs whole sums
+            places.append((control.DOWN_PROJ, layer.ffn.down, self._down_parts(layer.ffn.down)))
         for place, linear, parts in places:
             record[place : place + control.LINEAR_FIELDS] = self.table.describe(linear, parts)
 
@@ -174,10 +182,10 @@ class FusedStepper:
         """Buffers for MAX_ROWS rows, and the control block's constant fields."""
         config, layers = self.decoder.config, self.decoder.layers
         linears = [m for layer in layers for m in layer.matrices()]
-        self._max_inputs = max(m.in_features for m in linears)
+        self._max_inputs = max(inputs for _, inputs in config.all_matrix_shapes())
         splits = max(self._parts(m) for m in linears)
         wide = max(layer.qkv.out_features for layer in layers)
-        mixed, inner = config.num_heads * config.head_dim, layers[0].dense.down.in_features
+        mixed, inner = config.num_heads * config.head_dim, config.intermediate_size
         self._positions, self._writes = np.zeros(MAX_ROWS, np.int64), np.zeros(MAX_ROWS, np.int64)
         self._buffers: list[np.ndarray] = []
         fields = {
@@ -194,6 +202,7 @@ class FusedStepper:
             control.PARTS_BUFFER: self.buffer(splits * config.hidden_size),
             control.ACT: self.buffer(inner),
             control.GATE_UP: self.buffer(2 * inner),
+            control.WHOLE_NORM: int(config.qk_norm_whole),
         }
         for rank in range(self.num_threads):
             own = control.RANKS + rank * control.RANK_FIELDS
@@ -203,6 +212,7 @@ class FusedStepper:
             fields[own + control.OWN_ROUNDED] = self.buffer(self._max_inputs // 2)
             fields[own + control.OWN_EXTRAS] = self.buffer(-(-self._max_inputs // 32) * 4)
             fields[own + control.OWN_KV] = self.buffer(config.head_dim)
+            fields[own + control.OWN_FACTORS] = self.buffer(1)
         for field, value in fields.items():
             self.team.control[field] = value
 
@@ -211,6 +221,15 @@ class FusedStepper:
         buffer = np.zeros(MAX_ROWS * floats_per_row + 32, np.float32)
         self._buffers.append(buffer)
         return -(-buffer.ctypes.data // 64) * 64
+
+    def reserve_adapters(self, rank: int) -> None:
+        """Have scratch for adapters of up to ``rank``."""
+        if rank > self._adapter_rank:
+            self._adapter_rank = rank
+            for thread in range(self.num_threads):
+                own = control.RANKS + thread * control.RANK_FIELDS
+                self.team.control[own + control.OWN_LOW] = self.buffer(rank + 16)
+                self.team.control[own + control.OWN_RAISED] = self.buffer(64)
 
     def follow(self, cache: KVCache, num_positions: int) -> None:
         """Make ``cache`` the one in use, with room for ``num_positions``, wherever it and the rotary tables

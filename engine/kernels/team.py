@@ -17,7 +17,7 @@ import numpy as np
 from engine.kernels import control as fields
 from engine.kernels.native import Kinds, Program, load_program
 
-_PATIENCE = 8000  # spins before a worker sleeps, about 0.3 ms
+PATIENCE = 8000  # spins before a worker sleeps, about 0.3 ms
 _teams: weakref.WeakSet[Team] = weakref.WeakSet()
 
 
@@ -25,10 +25,13 @@ class Team:
     """``num_threads`` threads around one control block.
 
     Building one compiles its program where that is not on the disk yet.
+
+    Args:
+        patience: spins of about 40 ns, after which a worker without a command sleeps.
     """
 
-    def __init__(self, num_threads: int, kinds: Kinds) -> None:
-        self.num_threads = num_threads
+    def __init__(self, num_threads: int, kinds: Kinds, patience: int = PATIENCE) -> None:
+        self.num_threads, self._patience = num_threads, patience
         self.control = np.zeros(fields.RANKS + fields.RANK_FIELDS * num_threads, np.int64)
         self.address = self.control.ctypes.data
         self.control[fields.THREADS] = num_threads
@@ -74,24 +77,25 @@ class Team:
         if len(self._workers) < self.num_threads - 1:
             self.control[fields.RANKS + fields.SEEN :: fields.RANK_FIELDS] = self.control[fields.SEQUENCE]
             self._workers = [
-                _Worker(self.control, self._program, rank) for rank in range(1, self.num_threads)
+                _Worker(self.control, self._program, rank, self._patience)
+                for rank in range(1, self.num_threads)
             ]
 
 
 class _Worker:
-    def __init__(self, control: np.ndarray, program: Program, rank: int) -> None:
+    def __init__(self, control: np.ndarray, program: Program, rank: int, patience: int) -> None:
         self.wake = threading.Event()
         self.parked = False
         # The thread keeps the control block alive, but not the team.
-        arguments = (self, control, program, rank)
+        arguments = (self, control, program, rank, patience)
         self.thread = threading.Thread(target=_serve, args=arguments, name=f"kernel-{rank}", daemon=True)
         self.thread.start()
 
 
-def _serve(worker: _Worker, control: np.ndarray, program: Program, rank: int) -> None:
+def _serve(worker: _Worker, control: np.ndarray, program: Program, rank: int, patience: int) -> None:
     own_seen = fields.RANKS + rank * fields.RANK_FIELDS + fields.SEEN
     while True:
-        program.work(control.ctypes.data, rank, _PATIENCE)
+        program.work(control.ctypes.data, rank, patience)
         seen = int(control[own_seen])
         if seen < 0:
             return

@@ -172,7 +172,11 @@ def _member(stack: Any, index: int) -> Tensor:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a ``.gguf`` file or an HF folder."""
+    """Open a ``.gguf`` file, an HF folder, or a recipe's folder with the base model it names."""
+    from engine.models.split_checkpoint import SplitCheckpoint, base_of, is_recipe
+
+    if is_recipe(path):
+        return SplitCheckpoint(path, open_checkpoint(base_of(path)))
     if path.is_dir():
         return SafetensorsCheckpoint(path)
     if path.suffix.lower() == ".gguf":

@@ -104,16 +104,22 @@ class ModelConfig:
     def all_matrix_shapes(self) -> set[tuple[int, int]]:
         """Every shape of a packed matrix in the model."""
         qkv, o, gate_up, down, head = self.matrix_shapes()
-        experts = self.experts
-        if experts is None:
+        if self.experts is None:
             return {qkv, o, gate_up, down, head}
-        sizes = {experts.intermediate_size, experts.shared_intermediate_size} - {0}
-        if experts.dense_layers:
-            sizes.add(self.intermediate_size)
+        sizes = self.feed_forward_sizes
         inner = {(2 * size, self.hidden_size) for size in sizes} | {
             (self.hidden_size, size) for size in sizes
         }
         return {qkv, o, head} | inner
+
+    @property
+    def feed_forward_sizes(self) -> set[int]:
+        """The inner sizes of all feed-forward blocks and experts."""
+        experts = self.experts
+        if experts is None:
+            return {self.intermediate_size}
+        sizes = {experts.intermediate_size, experts.shared_intermediate_size} - {0}
+        return sizes | ({self.intermediate_size} if experts.dense_layers else set())
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer has experts."""

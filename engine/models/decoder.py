@@ -7,7 +7,7 @@ run separately on several rows, which is what self-speculation needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.models.attention import attend, attend_prefill
 from engine.models.config import ModelConfig
-from engine.models.feed_forward import FeedForward, MixtureOfExperts
+from engine.models.feed_forward import ExpertSource, FeedForward, MixtureOfExperts
 from engine.models.kv_cache import KVCache
 from engine.models.rope import RopeTable, rotate
 from engine.quantization.base import Linear
@@ -62,7 +62,12 @@ class DecoderWeights:
 
 
 class Decoder:
-    """A decoder-only transformer of the llama lineage."""
+    """A decoder-only transformer of the llama lineage.
+
+    Attributes:
+        watch: called with a layer's number and the residual state ``[B, T, D]`` before its feed-forward part:
+            what predicts experts looks on there. None: nobody does.
+    """
 
     def __init__(
         self, config: ModelConfig, weights: DecoderWeights, dtype: torch.dtype, device: torch.device
@@ -73,6 +78,17 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.rope = RopeTable(config, device)
+        self.watch: Callable[[int, Tensor], None] | None = None
+
+    def with_experts(self, source: Callable[[int], ExpertSource]) -> Decoder:
+        """A decoder on the same weights whose layers take their experts from ``source``."""
+        layers = tuple(
+            replace(layer, ffn=replace(layer.ffn, experts=source(index)))
+            if isinstance(layer.ffn, MixtureOfExperts)
+            else layer
+            for index, layer in enumerate(self.layers)
+        )
+        return Decoder(self.config, replace(self.weights, layers=layers), self.dtype, self.device)
 
     def new_cache(self, capacity: int = 512, batch: int = 1) -> KVCache:
         """An empty KV cache in this decoder's dtype, on its device."""
@@ -153,13 +169,19 @@ class Decoder:
         else:
             mixed = attend_prefill(q, keys, values, start, window)
         hidden = hidden + layer.o(mixed)
+        if self.watch is not None:
+            self.watch(index, hidden)
         return hidden + layer.ffn(rms_norm(hidden, layer.mlp_norm, config.norm_eps))
 
     def project_qkv(self, index: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed ``x [B, T, D]`` -> rotated q ``[B, T, Hq, hd]``, rotated k and plain v ``[B, T, Hkv, hd]``."""
+        return self.split_qkv(index, self.layers[index].qkv(x), cos, sin)
+
+    def split_qkv(self, index: int, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`project_qkv`, from what the layer's projection gives, ``[B, T, (Hq + 2 Hkv) hd]``."""
         layer, config = self.layers[index], self.config
         sizes = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-        parts = layer.qkv(x).split(sizes, dim=-1)
+        parts = mixed.split(sizes, dim=-1)
         if config.qk_norm_whole and layer.q_norm is not None and layer.k_norm is not None:
             q, k, v = parts
             q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)

@@ -13,7 +13,7 @@ from engine.errors import ModelFileError, OutOfMemoryError, UnsupportedModelErro
 from engine.models.checkpoint import Checkpoint, open_checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
-from engine.models.feed_forward import FeedForward, MixtureOfExperts
+from engine.models.feed_forward import ExpertSource, FeedForward, MixtureOfExperts, ResidentExperts
 from engine.quantization import GroupQuantized, Linear, WeightFormat, get_format
 from engine.quantization.int4 import quantize_groups
 
@@ -23,11 +23,13 @@ def load_decoder(
     weight_format: str,
     device: str | torch.device = "cpu",
     on_progress: Callable[[float], None] | None = None,
+    experts: Callable[[int], ExpertSource] | None = None,
 ) -> Decoder:
     """Load the model at ``path`` (``.gguf`` or HF folder) packed as ``weight_format``.
 
     Args:
         on_progress: called with the share done, 0 to 1.
+        experts: where the experts of a layer come from; None: all are packed and stay in memory.
 
     Raises:
         ModelFileError, UnsupportedModelError, OutOfMemoryError.
@@ -38,12 +40,22 @@ def load_decoder(
         raise UnsupportedModelError(f"{weight_format} cannot be used here: {reason}")
     checkpoint = open_checkpoint(path)
     try:
-        weights = _Packer(checkpoint, fmt, target).weights(on_progress or (lambda share: None))
+        weights = _Packer(checkpoint, fmt, target, experts).weights(on_progress or (lambda share: None))
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"{path.name} does not fit into the memory as {weight_format}; choose int4 or a smaller model."
         ) from error
     return Decoder(checkpoint.config, weights, fmt.activation_dtype, target)
+
+
+def expert_packer(
+    checkpoint: Checkpoint, fmt: WeightFormat, device: torch.device
+) -> Callable[[int, int], FeedForward]:
+    """A function that reads and packs one routed expert of a layer.
+
+    Raises (the function): ModelFileError, UnsupportedModelError.
+    """
+    return _Packer(checkpoint, fmt, device).expert
 
 
 Scale: TypeAlias = Tensor | None  # a factor for each output of a matrix
@@ -52,8 +64,15 @@ Scale: TypeAlias = Tensor | None  # a factor for each output of a matrix
 class _Packer:
     """Reads, fuses and packs the matrices of one checkpoint."""
 
-    def __init__(self, checkpoint: Checkpoint, fmt: WeightFormat, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        fmt: WeightFormat,
+        device: torch.device,
+        experts: Callable[[int], ExpertSource] | None = None,
+    ) -> None:
         self._checkpoint, self._format, self._device = checkpoint, fmt, device
+        self._sources = experts or self._all_experts
 
     def weights(self, on_progress: Callable[[float], None]) -> DecoderWeights:
         config = self._checkpoint.config
@@ -98,38 +117,46 @@ class _Packer:
             qkv=fused(qkv, config.qkv_bias, *qkv_parts, scale=_scale(scales.query, qkv, queries)),
             o=fused(o, config.output_bias, "self_attn.o_proj", scale=_scale(scales.residual, o)),
             mlp_norm=norm("post_attention_layernorm", config.hidden_size),
-            ffn=self._experts(prefix, config) if config.is_sparse(index) else feed_forward(),
+            ffn=self._experts(index, config) if config.is_sparse(index) else feed_forward(),
             q_norm=norm("self_attn.q_norm", q_size) if config.qk_norm else None,
             k_norm=norm("self_attn.k_norm", k_size) if config.qk_norm else None,
         )
 
-    def _experts(self, prefix: str, config: ModelConfig) -> MixtureOfExperts:
+    def _experts(self, index: int, config: ModelConfig) -> MixtureOfExperts:
         experts, names, hidden = config.experts, self._checkpoint.expert_names, config.hidden_size
         assert experts is not None and names is not None
-
-        def block(gate_up: tuple[str, ...], down: str, size: int) -> FeedForward:
-            wide, narrow = (2 * size, hidden), (hidden, size)
-            return FeedForward(
-                self._pack([prefix + name for name in gate_up], [], wide),
-                self._pack([prefix + down], [], narrow, _scale(config.multipliers.residual, narrow)),
-            )
-
-        def routed(number: int) -> FeedForward:
-            gate_up = tuple(name.format(number) for name in names.gate_up)
-            return block(gate_up, names.down.format(number), experts.intermediate_size)
-
+        prefix = f"model.layers.{index}."
         shared = shared_gate = None
         if size := experts.shared_intermediate_size:
             part = "mlp.shared_expert."
-            shared = block(
-                (f"{part}gate_proj.weight", f"{part}up_proj.weight"), f"{part}down_proj.weight", size
+            shared = self._block(
+                prefix, (f"{part}gate_proj.weight", f"{part}up_proj.weight"), f"{part}down_proj.weight", size
             )
             if config.model_type == "qwen2_moe":
                 shared_gate = self._plain(f"{prefix}mlp.shared_expert_gate.weight", (1, hidden))
-        return MixtureOfExperts(
-            experts, self._plain(prefix + names.router, (experts.num_experts, hidden)),
-            tuple(routed(number) for number in range(experts.num_experts)), shared, shared_gate,
-        )  # fmt: skip
+        router = self._plain(prefix + names.router, (experts.num_experts, hidden))
+        return MixtureOfExperts(experts, router, self._sources(index), shared, shared_gate)
+
+    def _all_experts(self, index: int) -> ExpertSource:
+        experts = self._checkpoint.config.experts
+        assert experts is not None
+        return ResidentExperts([self.expert(index, number) for number in range(experts.num_experts)])
+
+    def expert(self, index: int, number: int) -> FeedForward:
+        """One routed expert of layer ``index``, packed."""
+        experts, names = self._checkpoint.config.experts, self._checkpoint.expert_names
+        assert experts is not None and names is not None
+        gate_up = tuple(name.format(number) for name in names.gate_up)
+        prefix = f"model.layers.{index}."
+        return self._block(prefix, gate_up, names.down.format(number), experts.intermediate_size)
+
+    def _block(self, prefix: str, gate_up: tuple[str, ...], down: str, size: int) -> FeedForward:
+        config = self._checkpoint.config
+        wide, narrow = (2 * size, config.hidden_size), (config.hidden_size, size)
+        return FeedForward(
+            self._pack([prefix + name for name in gate_up], [], wide),
+            self._pack([prefix + down], [], narrow, _scale(config.multipliers.residual, narrow)),
+        )
 
     def _plain(self, name: str, shape: tuple[int, int]) -> Tensor:
         """A small matrix that is not packed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,14 @@ class Linear(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that one use of the matrix reads."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What the weights are made of, without the bias."""
+
+    @abstractmethod
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Linear:
+        """A matrix of the same kind and shape, without a bias, made of other ``tensors``."""
 
     @abstractmethod
     def dequantize(self) -> Tensor:

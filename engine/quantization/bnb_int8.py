@@ -6,6 +6,8 @@ The rows of the activations are rounded to int8 as well, each with its own scale
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,12 @@ class BnbInt8Linear(Linear):
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + self.scales.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "scales": self.scales}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> BnbInt8Linear:
+        return BnbInt8Linear(tensors["weight"], tensors["scales"])
 
     def dequantize(self) -> Tensor:
         return self.weight.float() * self.scales[:, None]

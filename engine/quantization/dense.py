@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.quantization.base import GroupQuantized, Linear
+
+_ALIGNMENT = 64  # bytes, of torch's own memory
 
 
 class DenseLinear(Linear):
@@ -23,6 +27,12 @@ class DenseLinear(Linear):
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> DenseLinear:
+        return DenseLinear(tensors["weight"])
 
     def dequantize(self) -> Tensor:
         return self.weight.float()
@@ -46,6 +56,8 @@ class DenseFormat:
             weight = weight.dequantize()
         dtype = self.activation_dtype
         packed = weight.to(device=device, dtype=dtype).contiguous()
+        if packed.data_ptr() % _ALIGNMENT:  # mapped from a file: how a row is summed may depend on it
+            packed = packed.clone()
         return DenseLinear(packed, None if bias is None else bias.to(device=device, dtype=dtype))
 
     def bytes_per_weight(self) -> float:

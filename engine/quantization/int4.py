@@ -7,7 +7,7 @@ and output, so GGUF's Q4_0, Q4_1 and Q4_K map onto it code by code: ``w = d * q 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -62,6 +62,14 @@ class Int4Linear(Linear):
         if not self.interleaved:
             interleave(self.packed, self.in_features, block)
             self.interleaved = block
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"packed": self.packed, "scales": self.scales_and_zeros}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Int4Linear:
+        return Int4Linear(
+            tensors["packed"], tensors["scales"], self.in_features, self.out_features, None, self.interleaved
+        )
 
     def dequantize(self) -> Tensor:
         return self.rows(torch.arange(self.out_features, device=self.packed.device)).dequantize()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,12 @@ class Int8Linear(Linear):
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + self.scales.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "scales": self.scales}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Int8Linear:
+        return Int8Linear(tensors["weight"], tensors["scales"])
 
     def dequantize(self) -> Tensor:
         return self.weight.float() * self.scales.float()[:, None]

@@ -6,6 +6,8 @@ there; nf4 is for comparison with what other programs call "4 bit".
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import copy
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,6 +40,14 @@ class Nf4Linear(Linear):
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.state.absmax.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"packed": self.packed, "scales": self.state.absmax}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Nf4Linear:
+        state = copy(self.state)
+        state.absmax = tensors["scales"]
+        return Nf4Linear(tensors["packed"], state)
 
     def dequantize(self) -> Tensor:
         return self._unpack().float()

@@ -51,7 +51,7 @@ class OwnKeysObjective(Objective):
             if layer.k_norm is not None:
                 k = rms_norm(k, layer.k_norm, config.norm_eps)
             attended = causal_attention(q, rotate(k, teacher.cos, teacher.sin), v)
-            state = accelerator.mix(decoder, index, state, attended)
+            state = accelerator.mix(decoder, index, state, attended, teacher.routes[index])
         return accelerator.finish(decoder, state, condition)
 
 

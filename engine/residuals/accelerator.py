@@ -6,6 +6,8 @@ does not fix more than that; every detail below is our choice:
 
 * ``p`` starts from the token's embedding plus a learned map of a *condition*: the final state of the
   previous token where it is verified, else the stream's own exit state of the previous draft.
+* In a layer with experts it goes through those that the router has chosen for the slow row of the same token, with
+  the same weights, so that it asks for no others; one adapter stands beside all of them.
 * It travels layers ``0 .. depth - 1``, which the slow rows of the same tokens run in the same batch,
   so that their keys are complete.
 * The exit joins ``p`` and the condition in one matrix, then the model's final norm; the LM head, cut
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, rms_norm
-from engine.models.rope import rotate
+from engine.models.feed_forward import MixtureOfExperts, Route
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,19 @@ class LowRank(nn.Module):
 
 
 class LayerAdapters(nn.Module):
-    """The adapters of one layer on the path, in parallel with the base matrices."""
+    """The adapters of one layer on the path, in parallel with the base matrices: of a dense layer with each of
+    them, of a layer with experts with the attention's and with all experts together."""
 
-    def __init__(self, config: ModelConfig, rank: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, rank: int) -> None:
         super().__init__()
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         self.q = LowRank(hidden, heads, rank)
         self.o = LowRank(heads, hidden, rank)
-        self.gate_up = LowRank(hidden, 2 * config.intermediate_size, rank)
-        self.down = LowRank(config.intermediate_size, hidden, rank)
+        if config.is_sparse(index):
+            self.experts = LowRank(hidden, hidden, rank)
+        else:
+            self.gate_up = LowRank(hidden, 2 * config.intermediate_size, rank)
+            self.down = LowRank(config.intermediate_size, hidden, rank)
 
 
 class Accelerator(nn.Module):
@@ -81,7 +87,7 @@ class Accelerator(nn.Module):
         self.config = config
         self.model = model
         hidden = model.hidden_size
-        self.layers = nn.ModuleList(LayerAdapters(model, config.rank) for _ in range(config.depth))
+        self.layers = nn.ModuleList(LayerAdapters(model, index, config.rank) for index in range(config.depth))
         self.start = nn.Parameter(torch.zeros(hidden, hidden)) if config.conditioned else None
         # [D, 2 D]: the stream's own state, then the condition
         width = 2 * hidden if config.conditioned else hidden
@@ -105,17 +111,24 @@ class Accelerator(nn.Module):
         """Rotated queries ``[B, T, Hq, hd]`` of layer ``index``; the stream has no keys and values of its own."""
         config, layer = self.model, decoder.layers[index]
         x = rms_norm(state, layer.attn_norm, config.norm_eps)
-        q = layer.qkv(x)[..., : config.num_heads * config.head_dim] + self.adapters(index).q(x)
-        q = q.view(*x.shape[:-1], config.num_heads, config.head_dim)
-        if layer.q_norm is not None:
-            q = rms_norm(q, layer.q_norm, config.norm_eps)
-        return rotate(q, cos, sin)
+        mixed, width = layer.qkv(x), config.num_heads * config.head_dim
+        mixed = torch.cat((mixed[..., :width] + self.adapters(index).q(x), mixed[..., width:]), dim=-1)
+        return decoder.split_qkv(index, mixed, cos, sin)[0]
 
-    def mix(self, decoder: Decoder, index: int, state: Tensor, attended: Tensor) -> Tensor:
-        """The rest of layer ``index`` after attention: output projection and MLP, with adapters."""
+    def mix(
+        self, decoder: Decoder, index: int, state: Tensor, attended: Tensor, route: Route | None
+    ) -> Tensor:
+        """The rest of layer ``index`` after attention: output projection and feed-forward part, with adapters.
+
+        Args:
+            route: what the router of a layer with experts has chosen for the slow rows.
+        """
         layer, adapters = decoder.layers[index], self.adapters(index)
         state = state + layer.o(attended) + adapters.o(attended)
         x = rms_norm(state, layer.mlp_norm, self.model.norm_eps)
+        if route is not None:
+            assert isinstance(layer.ffn, MixtureOfExperts)
+            return state + layer.ffn.mix(x.flatten(0, -2), *route).view(x.shape) + adapters.experts(x)
         gate, up = (layer.dense.gate_up(x) + adapters.gate_up(x)).chunk(2, dim=-1)
         inner = F.silu(gate) * up
         return state + layer.dense.down(inner) + adapters.down(inner)

@@ -37,6 +37,7 @@ def fingerprint(decoder: Decoder) -> str:
     shape = (
         config.model_type, config.hidden_size, config.intermediate_size, config.num_layers, config.num_heads,
         config.num_kv_heads, config.head_dim, config.vocab_size,
+        *([config.experts] if config.experts is not None else []),
     )  # fmt: skip
     digest = hashlib.sha256(repr(shape).encode())
     gains = [gain for layer in decoder.layers for gain in (layer.attn_norm, layer.mlp_norm)]
@@ -55,7 +56,7 @@ def find_adapter(decoder: Decoder, folders: tuple[Path, ...] | None = None) -> P
             except AdapterError as error:
                 log.warning("%s", error)
                 continue
-            if card["base_model"]["fingerprint"] == wanted and path.with_suffix(".safetensors").is_file():
+            if _fits(card, wanted) and path.with_suffix(".safetensors").is_file():
                 return path.with_suffix(".safetensors")
     return None
 
@@ -85,6 +86,13 @@ def read_card(path: Path) -> dict[str, Any]:
     return result
 
 
+def _fits(card: dict[str, Any], wanted: str) -> bool:
+    """Whether the card is of the model ``wanted``, or names it as one whose draft layers are the same weights, such
+    as a model split into experts behind them."""
+    base = card["base_model"]
+    return wanted in (base["fingerprint"], *base.get("also_fits", ()))
+
+
 def load_accelerator(path: Path, decoder: Decoder) -> Accelerator:
     """The accelerator at ``path`` (``.safetensors`` with its card), for this model.
 
@@ -96,7 +104,7 @@ def load_accelerator(path: Path, decoder: Decoder) -> Accelerator:
 
     card = read_card(path)
     base = card["base_model"]
-    if base["fingerprint"] != fingerprint(decoder):
+    if not _fits(card, fingerprint(decoder)):
         raise AdapterError(f"{path.name} was trained for {base['name']}, which is not the loaded model.")
     accelerator = Accelerator(AcceleratorConfig(**card["accelerator"]), decoder.config)
     try:

@@ -41,6 +41,12 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--threads", type=int, default=None)
     tune.add_argument("--out", default=None, metavar="FILE.safetensors", help="where the adapter goes")
     tune.add_argument(
+        "--experts",
+        action="store_true",
+        help="of a mixture of experts: the stream that names experts instead",
+    )
+    tune.add_argument("--interval", type=int, default=3, help="with --experts: layers between two restarts")
+    tune.add_argument(
         "--ablation", default=None, metavar="FILE.json", help="train many settings on the same budget instead"
     )
 
@@ -60,6 +66,13 @@ def tune_command(arguments: argparse.Namespace) -> int:
 
             target, runner = Path(arguments.ablation), Runner(console.show, cancel)
             console.say(table(ablate(request, work_dir, target, runner, console.row)))
+        elif arguments.experts:
+            from engine.residuals.expert_stream import ExpertStreamConfig
+            from engine.residuals.expert_tuning import read_measured, tune_stream
+
+            config = ExpertStreamConfig(arguments.interval, arguments.rank, arguments.depth)
+            path = tune_stream(request, config, work_dir, console.show, cancel)
+            console.say(f"{read_measured(path)}\n{path}")
         else:
             path = tune(request, work_dir, console.show, cancel)
             console.say(_summary(path))

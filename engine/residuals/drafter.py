@@ -15,8 +15,8 @@ from torch import Tensor
 
 from engine.models.attention import attend
 from engine.models.decoder import Decoder, rms_norm, write_cache
+from engine.models.feed_forward import MixtureOfExperts
 from engine.models.kv_cache import KVCache
-from engine.models.rope import rotate
 from engine.models.stepper import Stepper, TorchStepper
 from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
@@ -98,18 +98,19 @@ class TorchDrafter:
         mixed = layer.qkv(x)
         width = config.num_heads * config.head_dim
         mixed[:, 1:, :width] += adapters.q(x[:, 1:])
-        heads = mixed.view(1, 2, -1, config.head_dim)
-        q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=-2)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
-        write_cache(cache, index, here, rotate(k[:, :1], cos, sin), v[:, :1])
+        q, k, v = decoder.split_qkv(index, mixed, cos, sin)
+        write_cache(cache, index, here, k[:, :1], v[:, :1])
         keys, values = cache.keys[index][:, :, :slots], cache.values[index][:, :, :slots]
-        q = rotate(q, cos, sin)
         attended = attend(q, keys, values, here.expand(1, 2), config.sliding_window(index))
         out = layer.o(attended)
         out[:, 1:] += adapters.o(attended[:, 1:])
         rows = rows + out
         x = rms_norm(rows, layer.mlp_norm, config.norm_eps)
+        if isinstance(layer.ffn, MixtureOfExperts):
+            weights, chosen = layer.ffn.route(x[0, :1])
+            out = layer.ffn.mix(x[0], weights.expand(2, -1), chosen.expand(2, -1))[None]
+            out[:, 1:] += adapters.experts(x[:, 1:])
+            return rows + out
         wide = layer.dense.gate_up(x)
         wide[:, 1:] += adapters.gate_up(x[:, 1:])
         gate, up = wide.chunk(2, dim=-1)

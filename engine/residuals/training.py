@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.models.decoder import Decoder, rms_norm
+from engine.models.feed_forward import MixtureOfExperts, Route
 from engine.residuals.accelerator import Accelerator, unit_rms
 from engine.residuals.corpus import Sequences, causal_attention
 
@@ -64,6 +65,7 @@ class Teacher:
     embedded: Tensor  # [B, T, D]
     keys: list[Tensor]  # of the first layers, [B, T, Hkv, hd], rotated
     values: list[Tensor]
+    routes: list[Route | None]  # of the same layers, for all positions
     final: Tensor  # final state of unit RMS, [B, T, D]
     cos: Tensor
     sin: Tensor
@@ -79,26 +81,31 @@ def run_teacher(decoder: Decoder, tokens: Tensor, depth: int, finals: Tensor | N
     decoder.rope.ensure(tokens.shape[1])
     cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None])
     embedded = hidden = decoder.embed(tokens)
-    keys, values = [], []
+    keys, values, routes = [], [], []
     for index in range(config.num_layers if finals is None else depth):
-        hidden, k, v = _slow_layer(decoder, index, hidden, cos, sin)
+        hidden, k, v, route = _slow_layer(decoder, index, hidden, cos, sin)
         if index < depth:
             keys.append(k)
             values.append(v)
+            routes.append(route)
     if finals is None:
         finals = unit_rms(hidden, config.norm_eps)
-    return Teacher(embedded, keys, values, finals.to(hidden), cos, sin)
+    return Teacher(embedded, keys, values, routes, finals.to(hidden), cos, sin)
 
 
 def _slow_layer(
     decoder: Decoder, index: int, hidden: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Route | None]:
     config, layer = decoder.config, decoder.layers[index]
     x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
     q, k, v = decoder.project_qkv(index, x, cos, sin)
     hidden = hidden + layer.o(causal_attention(q, k, v))
     x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
-    return hidden + decoder.layers[index].ffn(x), k, v
+    if not isinstance(layer.ffn, MixtureOfExperts):
+        return hidden + layer.ffn(x), k, v, None
+    rows = x.flatten(0, -2)
+    route = layer.ffn.route(rows)
+    return hidden + layer.ffn.mix(rows, *route).view(x.shape), k, v, route
 
 
 def travel(accelerator: Accelerator, decoder: Decoder, teacher: Teacher, condition: Tensor | None) -> Tensor:
@@ -107,7 +114,7 @@ def travel(accelerator: Accelerator, decoder: Decoder, teacher: Teacher, conditi
     for index in range(accelerator.config.depth):
         q = accelerator.queries(decoder, index, state, teacher.cos, teacher.sin)
         attended = causal_attention(q, teacher.keys[index], teacher.values[index])
-        state = accelerator.mix(decoder, index, state, attended)
+        state = accelerator.mix(decoder, index, state, attended, teacher.routes[index])
     return state
 
 
@@ -236,8 +243,11 @@ def learning_rate_factor(step: int, total: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * share))
 
 
+_OWN = "accelerator."  # before the names of parameters in a checkpoint; it is older than other modules
+
+
 class Trainer:
-    """AdamW over an accelerator's parameters; state can be saved and restored between any two steps.
+    """AdamW over a module's parameters; state can be saved and restored between any two steps.
 
     Args:
         average: called between the backward pass and the step, where several processes train together.
@@ -245,26 +255,24 @@ class Trainer:
 
     def __init__(
         self,
-        objective: Objective,
+        module: nn.Module,
+        config: TrainingConfig,
         total_steps: int,
         average: Callable[[list[torch.nn.Parameter]], None] | None = None,
     ) -> None:
-        self.objective, self.total_steps, self.step = objective, total_steps, 0
+        self._module, self._config, self._total, self.step = module, config, total_steps, 0
         self._average = average
-        config = objective.config
-        self._parameters = dict(objective.accelerator.named_parameters())
+        self._parameters = dict(module.named_parameters())
         self.optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=config.learning_rate, betas=(0.9, 0.95),
             weight_decay=config.weight_decay,
         )  # fmt: skip
 
-    def train_on(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """One optimiser step; the loss before it, and the agreement by pass."""
-        config = self.objective.config
-        factor = learning_rate_factor(self.step, self.total_steps, config.warmup_steps)
+    def descend(self, loss: Tensor) -> None:
+        """One optimiser step down ``loss``."""
+        factor = learning_rate_factor(self.step, self._total, self._config.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * factor
-        loss, agreements = self.objective(batch)
+            group["lr"] = self._config.learning_rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self._average is not None:
@@ -272,11 +280,10 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self._parameters.values(), 1.0)
         self.optimizer.step()
         self.step += 1
-        return loss.detach(), agreements
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on, but for the data: parameters and the optimiser's moments."""
-        result = {f"accelerator.{k}": v for k, v in self.objective.accelerator.state_dict().items()}
+        result = {_OWN + k: v for k, v in self._module.state_dict().items()}
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if key != "step":
@@ -285,8 +292,8 @@ class Trainer:
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         """Continue after ``step`` steps from what :meth:`state` gave."""
-        self.objective.accelerator.load_state_dict(
-            {k.removeprefix("accelerator."): v for k, v in state.items() if k.startswith("accelerator.")}
+        self._module.load_state_dict(
+            {k.removeprefix(_OWN): v for k, v in state.items() if k.startswith(_OWN)}
         )
         self.step = step
         for name, parameter in self._parameters.items():

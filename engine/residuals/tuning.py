@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from engine import hub
-from engine.errors import AdapterError, InvalidRequestError, UnsupportedModelError
+from engine.errors import AdapterError, InvalidRequestError
 from engine.models.decoder import Decoder
 from engine.progress import Progress
 from engine.residuals.accelerator import Accelerator, AcceleratorConfig
@@ -182,16 +182,18 @@ class Prepared:
     training: TrainingConfig
 
 
-def prepare(request: TuneRequest, work_dir: Path, runner: Runner, num_runs: int = 1) -> Prepared:
+def prepare(
+    request: TuneRequest, work_dir: Path, runner: Runner, num_runs: int = 1, drafts: bool = True
+) -> Prepared:
     """Load the model in a format that can be trained on, and make or find the data.
 
     Args:
         num_runs: how often the request's steps will be made on it.
+        drafts: whether it is for the accelerator that the request describes.
 
     Raises: as :func:`tune`.
     """
     from engine.hardware import usable_threads
-    from engine.models.checkpoint import open_checkpoint
     from engine.models.loader import load_decoder
     from engine.threads import set_threads
     from engine.tokenizer import load_tokenizer
@@ -199,14 +201,10 @@ def prepare(request: TuneRequest, work_dir: Path, runner: Runner, num_runs: int 
     device = runner.workers.device or _pick_device(request.device)
     set_threads(request.threads or usable_threads())
     model = hub.resolve(request.source, runner.on_progress, runner.cancel)
-    if open_checkpoint(model.path).config.experts is not None:
-        raise UnsupportedModelError(
-            f"{model.name} is a mixture of experts; accelerators are trained for dense models only."
-        )
     tokenizer = load_tokenizer(model.path)
     # A 4-bit file is trained on as what its codes stand for: gradients need matrices.
     decoder = load_decoder(model.path, "fp32" if device == "cpu" else "bf16", device)
-    if request.accelerator.depth >= decoder.config.num_layers:
+    if drafts and request.accelerator.depth >= decoder.config.num_layers:
         raise InvalidRequestError(
             f"A draft of {request.accelerator.depth} layers is no draft: the model has {decoder.config.num_layers}."
         )
@@ -291,12 +289,13 @@ class Run:
         """The optimiser's steps."""
         workers = self.runner.workers
         trainer = Trainer(
-            self.objective, self.request.steps, workers.average if workers.count > 1 else None
-        )  # fmt: skip
+            self.accelerator, self.config, self.request.steps, workers.average if workers.count > 1 else None
+        )
 
         def step(index: int) -> str:
             batch = self._batch(index * workers.count + workers.rank)
-            _, agreements = trainer.train_on(batch)
+            loss, agreements = self.objective(batch)
+            trainer.descend(loss)
             self.tokens_seen += batch.sequences.num_new_tokens * workers.count
             return f"{float(agreements[0]):.0%} of drafts right" if index % 10 == 9 else ""
 

@@ -1,0 +1,144 @@
+"""A mixture-of-experts model with its experts in a cache: the parts put together."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import paths
+from engine.experts.blob import BlobLayout
+from engine.experts.cache import ExpertCache, LayerExperts
+from engine.experts.conversion import reopen, write_store
+from engine.experts.eviction import EVICTION_POLICIES
+from engine.experts.memory_guard import MemoryGuard
+from engine.experts.planner import MemoryPlan
+from engine.experts.prediction.next_gate import NextGate
+from engine.experts.prefetcher import Prefetcher
+from engine.experts.report import ExpertReport
+from engine.experts.store import ExpertStore, damage_mark
+from engine.models.checkpoint import open_checkpoint
+from engine.models.decoder import Decoder
+from engine.models.loader import expert_packer, load_decoder
+from engine.progress import Progress
+from engine.quantization import get_format
+from engine.quantization.int4_layout import int4_block
+
+_VERSION = 2  # of what the blobs hold; raise it when packing changes
+_CPU = torch.device("cpu")
+
+
+class ExpertTiers:
+    """Slots for a decoder's experts, what fills them ahead of time, and what keeps them within the memory.
+
+    Args:
+        prefetcher: None: nothing is loaded ahead of time.
+        plan: the memory that the slots are part of; None: they stay as many as they are.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, prefetcher: Prefetcher | None = None, plan: MemoryPlan | None = None
+    ) -> None:
+        self.cache, self.prefetcher, self.plan = cache, prefetcher, plan
+        self._guard = None if plan is None else MemoryGuard(cache, plan)
+
+    def watch(self, layer: int, hidden: Tensor) -> None:
+        """See :attr:`engine.models.decoder.Decoder.watch`."""
+        if self._guard is not None:
+            self._guard.look()
+        if self.prefetcher is not None:
+            self.prefetcher.watch(layer, hidden)
+
+    def report(self) -> ExpertReport:
+        """The experts' state now; cheap enough for a live view."""
+        cache, prefetcher = self.cache, self.prefetcher
+        index = cache.store.index
+        held = set(cache.residents())
+        numbers = range(index.num_experts)
+        return ExpertReport(
+            layers=index.layers,
+            resident=tuple(tuple((layer, number) in held for number in numbers) for layer in index.layers),
+            uses=tuple(tuple(cache.uses[layer].tolist()) for layer in index.layers),
+            num_slots=cache.num_slots,
+            expert_bytes=cache.store.layout.nbytes,
+            stats=replace(cache.stats),
+            prefetching=prefetcher is not None and prefetcher.enabled,
+            policy=cache.eviction.name,
+            predictor=None if prefetcher is None else prefetcher.predictor.name,
+            plan="" if self.plan is None else str(self.plan),
+            planned_slots=None if self.plan is None else self.plan.num_slots,
+        )
+
+    def close(self) -> None:
+        """Stop loading, and close the store."""
+        self.cache.close()
+
+
+def prepare_store(
+    path: Path,
+    weight_format: str,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+    direct: bool = False,
+) -> ExpertStore:
+    """The expert store of the model at ``path``, written at the first use into the cache folder.
+
+    Raises:
+        ExpertStoreError, ModelFileError, UnsupportedModelError.
+    """
+    checkpoint, fmt = open_checkpoint(path), get_format(weight_format)
+    config = checkpoint.config
+    assert config.experts is not None
+    layout = BlobLayout.of(config, fmt)
+    place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    file = paths.cache_dir() / "experts" / f"{path.stem}-{place}-{weight_format}.experts"
+    about = {"version": _VERSION, "model": _state(path), "format": weight_format, **_layout_facts(layout)}
+    if damage_mark(file).exists():
+        reopen(file)
+        with contextlib.suppress(OSError):
+            damage_mark(file).unlink()
+    layers = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
+    build = expert_packer(checkpoint, fmt, _CPU)
+    write_store(file, build, layers, config.experts.num_experts, layout, about, on_progress, cancel)
+    return ExpertStore(file, layout, about, direct)
+
+
+def load_with_tiers(
+    path: Path,
+    weight_format: str,
+    plan: MemoryPlan,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_share: Callable[[float], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> tuple[Decoder, ExpertTiers]:
+    """Load a model (CPU) whose experts are read from disk into ``plan.num_slots`` slots.
+
+    Raises:
+        ExpertStoreError, ModelFileError, UnsupportedModelError, OutOfMemoryError.
+    """
+    store = prepare_store(path, weight_format, on_progress, cancel)
+    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lru"]())
+    decoder = load_decoder(path, weight_format, "cpu", on_share, lambda layer: LayerExperts(cache, layer))
+    # Of all that was measured this is the fastest (assets/results/README.md): the accelerated stream names more of the
+    # experts in time, but its row costs more than that saves.
+    tiers = ExpertTiers(cache, Prefetcher(cache, NextGate(decoder)), plan)
+    decoder.watch = tiers.watch
+    return decoder, tiers
+
+
+def _layout_facts(layout: BlobLayout) -> dict[str, Any]:
+    """What the bytes of a blob depend on besides the weights."""
+    return {"layout": layout.describe(), "int4_block": int4_block()}
+
+
+def _state(source: Path) -> str:
+    """Changes when a file of the model does."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    return " ".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)

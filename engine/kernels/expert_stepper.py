@@ -1,0 +1,323 @@
+"""The fused CPU stepper for mixture-of-experts models, whose experts may still be on their way into memory."""
+
+from __future__ import annotations
+
+import struct
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kernels import control
+from engine.kernels.stepper import MAX_ROWS, FusedStepper
+from engine.models.decoder import PREFILL_CHUNK, Decoder, LayerWeights
+from engine.models.feed_forward import FeedForward, MixtureOfExperts
+from engine.models.kv_cache import KVCache
+from engine.quantization.base import Linear
+from engine.quantization.dense import DenseLinear
+
+_MAX_RECORDS = 128  # of a command
+_RECORD = struct.Struct(f"={control.EXPERT_FIELDS}q")
+_WIDEST_BLOCK = 64  # outputs of a task, of any format
+
+Descriptors: TypeAlias = tuple[int, ...]  # of gate and up, and of down
+
+
+@dataclass(frozen=True)
+class Side:
+    """An accelerated stream's rows behind the slow ones, and addresses of its adapters by field of the command."""
+
+    rows: int
+    adapters: Mapping[int, int]
+
+
+_NO_SIDE = Side(0, {})
+_NO_ADAPTERS = dict.fromkeys(
+    (control.SIDE_QUERY, control.SIDE_OUTPUT, control.SIDE_ATTENTION, control.SIDE_FEED_FORWARD), 0
+)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Rows between the attention part of a layer and its feed-forward part.
+
+    Attributes:
+        hidden: residual rows, ``[T, D]``.
+        normed: what the experts take, ``[T, D]``.
+        chosen: numbers of the experts of each slow row, ascending, ``[T', k]``.
+        weights: of each row's experts and, if there is one, of the shared expert: ``[T, k or k + 1]``.
+        added: what adapters give to the last rows, ``[T - T', D]``.
+    """
+
+    hidden: Tensor
+    normed: Tensor
+    chosen: np.ndarray
+    weights: np.ndarray
+    added: Tensor | None = None
+
+    def slow(self) -> Attended:
+        """The slow rows alone."""
+        rows = self.chosen.shape[0]
+        return Attended(self.hidden[:rows], self.normed[:rows], self.chosen, self.weights[:rows])
+
+
+class FusedExpertStepper(FusedStepper):
+    """A :class:`FusedStepper` that runs layers with experts one by one: their attention part in one command, and the
+    experts in as many as it takes until all of them are in memory."""
+
+    patience = 100_000  # about 4 ms: to wake a worker up behind every load that is waited for takes as long as the load
+
+    def __init__(self, decoder: Decoder, num_threads: int, int4_block: int | None = 64) -> None:
+        layers = range(decoder.config.num_layers)
+        # Those with experts and, for what watches, those right before them.
+        self._apart = {
+            i for i in layers if any(decoder.config.is_sparse(j) for j in (i, i + 1) if j in layers)
+        }
+        self._routers: dict[int, np.ndarray] = {}
+        # What all rows go through: the shared expert, or a dense layer.
+        self._shared: dict[int, Descriptors] = {}
+        self._experts: weakref.WeakKeyDictionary[FeedForward, Descriptors] = weakref.WeakKeyDictionary()
+        super().__init__(decoder, num_threads, int4_block)
+
+    def run_rows(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        positions: Sequence[int],
+        writes: Sequence[bool],
+        first: int,
+        last: int,
+    ) -> Tensor:
+        index = first
+        while index < last:
+            if index in self._apart:
+                self.follow(cache, max(positions) + 1)
+                hidden = self._run_apart(index, hidden, positions, writes)
+                index += 1
+            else:
+                end = next((i for i in range(index, last) if i in self._apart), last)
+                hidden = super().run_rows(hidden, cache, positions, writes, index, end)
+                index = end
+        return hidden.clone() if first >= last else hidden
+
+    def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
+        """Whole chunks go through a layer before the next: each of its experts is loaded once for them."""
+        cache.ensure(cache.length + len(ids))
+        for begin in range(0, len(ids), PREFILL_CHUNK):
+            rows = self.embed(ids[begin : begin + PREFILL_CHUNK])
+            for index in range(self.decoder.config.num_layers):
+                rows = self._prefill_layer(index, rows, cache)
+            cache.length += rows.shape[0]
+
+    def _prefill_layer(self, index: int, rows: Tensor, cache: KVCache) -> Tensor:
+        start, count = cache.length, rows.shape[0]
+        if index in self._apart:
+            self.follow(cache, start + count)
+            return self._run_apart(index, rows, range(start, start + count), [True] * count)
+        pieces = [
+            self.run_layers(piece, cache, start + number * MAX_ROWS, index, index + 1)
+            for number, piece in enumerate(rows.split(MAX_ROWS))
+        ]
+        return torch.cat(pieces)
+
+    def _run_apart(
+        self, index: int, hidden: Tensor, positions: Sequence[int], writes: Sequence[bool]
+    ) -> Tensor:
+        """Layer ``index`` in commands: ``[T, D] -> [T, D]``, any number of rows."""
+        attended = self.attend(index, hidden, positions, writes)
+        if self.decoder.watch is not None:
+            self.decoder.watch(index, attended.hidden[None])
+        return self.feed_forward(index, attended)
+
+    def attend(
+        self,
+        index: int,
+        hidden: Tensor,
+        positions: Sequence[int],
+        writes: Sequence[bool],
+        side: Side = _NO_SIDE,
+    ) -> Attended:
+        """The attention part of layer ``index`` and what its router chooses; of ``hidden [T, D]`` the last rows may be
+        an accelerated stream's."""
+        hidden = hidden.detach().to(torch.float32).contiguous()
+        rows, size = hidden.shape
+        ffn, router = self.decoder.layers[index].ffn, self._routers.get(index)
+        routed = ffn.config.num_experts_per_tok if isinstance(ffn, MixtureOfExperts) else 0
+        chosen = np.empty((rows - side.rows, routed), np.int64)
+        places = routed + (index in self._shared)
+        weights = np.ones((rows, places), np.float32)
+        out = torch.empty_like(hidden), torch.empty_like(hidden)
+        added = torch.empty(side.rows, size) if side.rows else None
+        fields = {
+            control.FIRST: index,
+            control.ROUTER: 0 if router is None else router.ctypes.data,
+            control.SIDE_ROWS: side.rows,
+            control.SIDE_OUT: 0 if added is None else added.data_ptr(),
+            **_NO_ADAPTERS,
+            **side.adapters,
+        }
+        for begin in range(0, rows, MAX_ROWS):
+            count = min(MAX_ROWS, rows - begin)
+            self.use_positions(positions[begin : begin + count], writes[begin : begin + count])
+            fields[control.ROWS] = count
+            fields[control.HIDDEN] = hidden.data_ptr() + 4 * begin * size
+            fields[control.OUT] = out[0].data_ptr() + 4 * begin * size
+            fields[control.NORMED] = out[1].data_ptr() + 4 * begin * size
+            fields[control.CHOSEN] = chosen.ctypes.data + 8 * begin * routed
+            fields[control.WEIGHTS] = weights.ctypes.data + 4 * begin * places
+            self.team.run(control.RUN_ATTENTION, fields)
+        if side.rows:  # they go through their slow row's experts
+            weights[-side.rows :] = weights[: side.rows]
+        return Attended(*out, chosen, weights, added)
+
+    def feed_forward(self, index: int, attended: Attended) -> Tensor:
+        """The experts of layer ``index``, added: ``[T, D]``."""
+        ffn, chosen = self.decoder.layers[index].ffn, attended.chosen
+        work = _Work(self, attended)
+        if (shared := self._shared.get(index)) is not None:
+            work.add(shared, chosen.shape[1])
+        if not isinstance(ffn, MixtureOfExperts):
+            work.run(add_up=True)
+            return work.result
+        alike = len(chosen) == 1 or bool((chosen == chosen[0]).all())
+        if not alike and attended.added is not None:
+            chosen = np.concatenate((chosen, chosen))
+        numbers = chosen[0].tolist() if alike else np.unique(chosen).tolist()
+        left = len(numbers)
+        for group in ffn.experts.fetch(numbers):
+            for number, expert in group:
+                if alike:
+                    work.add(self._described(expert), numbers.index(number))
+                else:
+                    work.add_some(self._described(expert), *np.nonzero(chosen == number))
+            left -= len(group)
+            work.run(add_up=left == 0)  # before the next group is asked for: this one may leave then
+        return work.result
+
+    def _described(self, expert: FeedForward) -> Descriptors:
+        """Both descriptors; forgotten with the expert, so that a slot's memory can be given back."""
+        known = self._experts.get(expert)
+        if known is None:
+            linears = (expert.gate_up, expert.down)
+            known = _joined(self.table.describe_passing(linear) for linear in linears)
+            self._experts[expert] = known
+        return known
+
+    def _describe_layer(self, index: int, layer: LayerWeights) -> None:
+        super()._describe_layer(index, layer)
+        ffn = layer.ffn
+        if isinstance(ffn, FeedForward):
+            self._describe_shared(index, ffn)
+            return
+        matrix = ffn.router if ffn.shared_gate is None else torch.cat((ffn.router, ffn.shared_gate))
+        shares = 0 if ffn.shared is None else 1 if ffn.shared_gate is None else 2
+        router = self.table.describe(DenseLinear(matrix.contiguous()))
+        self._routers[index] = np.concatenate((router, [ffn.config.num_experts, shares]))
+        if ffn.shared is not None:
+            self._describe_shared(index, ffn.shared)
+
+    def _describe_shared(self, index: int, block: FeedForward) -> None:
+        self._shared[index] = _joined(self.table.describe(linear) for linear in block.matrices())
+
+    def _down_parts(self, linear: Linear) -> int:
+        return 1  # as in commands for experts: a layer's bits do not depend on how it is run
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        experts = self.decoder.config.experts
+        assert experts is not None
+        inner = max(experts.active_size, *self.decoder.config.feed_forward_sizes)
+        self.act_size, self.act = MAX_ROWS * inner, self.buffer(inner)
+        records = np.zeros(_MAX_RECORDS * control.EXPERT_FIELDS, np.int64)
+        self.records = records.data.cast("B")
+        block = self.team.control
+        block[control.EXPERTS] = records.ctypes.data
+        block[control.TOP_K] = experts.num_experts_per_tok
+        block[control.NORMALIZE] = experts.normalize_weights
+        block[control.ROUTER_LOGITS] = self.buffer(experts.num_experts + 1)
+        self._logits = np.zeros((self.num_threads, 2 * experts.num_experts + 32), np.float32)
+        for rank in range(self.num_threads):
+            own = control.RANKS + rank * control.RANK_FIELDS
+            block[own + control.OWN_PAIR] = self.buffer(2 * _WIDEST_BLOCK)
+            block[own + control.OWN_LOGITS] = self._logits[rank].ctypes.data
+
+
+def _joined(described: Iterable[np.ndarray]) -> Descriptors:
+    return tuple(int(field) for each in described for field in each)
+
+
+class _Work:
+    """The experts of one layer for all rows, in as many commands as it takes.
+
+    Attributes:
+        result: ``[T, D]``, filled by the command that adds up.
+    """
+
+    def __init__(self, stepper: FusedExpertStepper, attended: Attended) -> None:
+        normed, weights, added = attended.normed, attended.weights, attended.added
+        self._stepper, self._normed, self._attended = stepper, normed, attended
+        self.result = torch.empty_like(normed)
+        rows, size = normed.shape
+        self._places = torch.empty(weights.shape[1], rows, size)  # what came out for each row and place
+        self._fields = {
+            control.ROWS: rows,
+            control.HIDDEN: attended.hidden.data_ptr(),
+            control.OUT: self.result.data_ptr(),
+            control.PLACES: self._places.data_ptr(),
+            control.WEIGHTS: weights.ctypes.data,
+            control.NUM_PLACES: weights.shape[1],
+            control.SIDE_ROWS: 0 if added is None else added.shape[0],
+            control.SIDE_OUT: 0 if added is None else added.data_ptr(),
+        }
+        self._count = self._act = 0
+        self._scattered: list[tuple[Tensor, np.ndarray, np.ndarray, Tensor]] = []
+
+    def add(self, described: Descriptors, place: int) -> None:
+        """An expert for all rows, its results in ``place``."""
+        rows, size = self._normed.shape
+        out = self._places.data_ptr() + 4 * place * rows * size
+        self._record(described, self._normed.data_ptr(), out, rows)
+
+    def add_some(self, described: Descriptors, rows: np.ndarray, places: np.ndarray) -> None:
+        """An expert for some rows, the results of each in its own place."""
+        if sum(len(given) for _, given, _, _ in self._scattered) + len(rows) > PREFILL_CHUNK:
+            self._scatter()  # a prompt's copies for all experts at once would take much memory
+        x = self._normed[rows]
+        out = torch.empty_like(x)
+        self._scattered.append((out, rows, places, x))
+        self._record(described, x.data_ptr(), out.data_ptr(), rows.shape[0])
+
+    def run(self, add_up: bool) -> None:
+        """Compute what was added; then, if that is all, add up."""
+        self._scatter()
+        if self._count or add_up:
+            self._flush(add_up)
+
+    def _scatter(self) -> None:
+        if self._scattered:
+            self._flush(False)
+            for out, rows, places, _ in self._scattered:
+                self._places[places, rows] = out
+            self._scattered.clear()
+
+    def _record(self, described: Descriptors, x: int, out: int, rows: int) -> None:
+        stepper, row_bytes = self._stepper, 4 * self._normed.shape[1]
+        inner = described[control.EXPERT_DOWN + control.INPUTS]
+        for begin in range(0, rows, MAX_ROWS):
+            count = min(MAX_ROWS, rows - begin)
+            if self._count == _MAX_RECORDS or self._act + count * inner > stepper.act_size:
+                self._flush(False)
+            act, shift = stepper.act + 4 * self._act, begin * row_bytes
+            place = self._count * _RECORD.size
+            _RECORD.pack_into(stepper.records, place, *described, x + shift, count, act, out + shift)
+            self._count += 1
+            self._act += count * inner
+
+    def _flush(self, add_up: bool) -> None:
+        values = {**self._fields, control.ADD_UP: int(add_up), control.NUM_EXPERTS: self._count}
+        self._stepper.team.run(control.RUN_EXPERTS, values)
+        self._count = self._act = 0

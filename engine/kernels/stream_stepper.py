@@ -1,0 +1,54 @@
+"""The fused CPU stepper for a model beside whose rows the accelerated stream runs and names experts.
+
+What the stream is: :mod:`engine.residuals.expert_stream`. The slow rows have the same bits with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.experts.prediction.accelerated import MOST_ROWS, StreamedDecoder
+from engine.kernels import control
+from engine.kernels.adapters import describe_adapter
+from engine.kernels.expert_stepper import FusedExpertStepper, Side
+
+
+class FusedStreamStepper(FusedExpertStepper):
+    """A :class:`FusedExpertStepper` for a :class:`StreamedDecoder`."""
+
+    def __init__(self, decoder: StreamedDecoder, num_threads: int, int4_block: int | None = 64) -> None:
+        super().__init__(decoder, num_threads, int4_block)
+        self._streamed, stream = decoder, decoder.stream
+        self._adapters = {
+            index: [describe_adapter(self.table, low_rank) for low_rank in (layer.attention, layer.ffn)]
+            for index, layer in (
+                (i, stream.adapters(i)) for i in range(stream.first, decoder.config.num_layers)
+            )
+        }
+        self.reserve_adapters(stream.config.rank)
+
+    def _run_apart(
+        self, index: int, hidden: Tensor, positions: Sequence[int], writes: Sequence[bool]
+    ) -> Tensor:
+        decoder, stream, rows = self._streamed, self._streamed.stream, hidden.shape[0]
+        if stream.restarts(index):
+            decoder.state = hidden[None] if rows <= MOST_ROWS else None
+        if decoder.state is None or decoder.state.shape[1] != rows:
+            decoder.state = None  # a range that began between two restarts
+            return super()._run_apart(index, hidden, positions, writes)
+        attention, feed_forward = (pair.ctypes.data for pair in self._adapters[index])
+        side = Side(rows, {control.SIDE_ATTENTION: attention, control.SIDE_FEED_FORWARD: feed_forward})
+        both = torch.cat((hidden, decoder.state[0]))
+        attended = self.attend(index, both, [*positions, *positions], [*writes, *[False] * rows], side)
+        decoder.state = attended.hidden[None, rows:]
+        if decoder.watch is not None:
+            decoder.watch(index, attended.hidden[None, :rows])
+        if index + 1 == decoder.config.num_layers or stream.restarts(index + 1):
+            decoder.state = None
+            return self.feed_forward(index, attended.slow())
+        out = self.feed_forward(index, attended)
+        decoder.state = out[None, rows:]
+        return out[:rows]

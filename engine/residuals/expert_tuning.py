@@ -1,0 +1,265 @@
+"""Tuning the accelerated stream of a mixture-of-experts model: text, training, measuring, and its file.
+
+The model's own text is made and kept as for drafting accelerators (:mod:`engine.residuals.tuning`), so one text
+serves both. The stream learns the distributions of the routers that it is read by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.atomic import replacing
+from engine.errors import AdapterError, InvalidRequestError
+from engine.models.decoder import Decoder, rms_norm
+from engine.progress import Progress
+from engine.residuals.adapter_file import SHIPPED, fingerprint, tuned_dir
+from engine.residuals.corpus import Sequences, causal_attention
+from engine.residuals.expert_stream import (
+    ExpertStream,
+    ExpertStreamConfig,
+    SlowPass,
+    UnionFit,
+    run_slow,
+    run_stream,
+)
+from engine.residuals.stages import EVALUATE, INITIALISE, TRAIN, Runner
+from engine.residuals.training import BatchOrder, Trainer
+from engine.residuals.tuning import Prepared, TuneRequest, check, prepare
+from engine.residuals.tuning_store import Store, TuningStoppedError, cut, in_groups
+
+_UNION_TOKENS = 16384
+FOLDER = "experts"  # beside the drafting accelerators
+_log = logging.getLogger(__name__)
+
+
+def tune_stream(
+    request: TuneRequest,
+    config: ExpertStreamConfig,
+    work_dir: Path,
+    on_progress: Callable[[Progress], None] | None = None,
+    cancel: threading.Event | None = None,
+) -> Path:
+    """Train the stream, or go on with it; returns its ``.safetensors`` file. On the CPU, wherever the request
+    says: nothing of it has been tried on a GPU.
+
+    Raises: as :func:`engine.residuals.tuning.tune`.
+    """
+    check(request)
+    if config.interval < 1:
+        raise InvalidRequestError(f"The interval must be at least 1, not {config.interval}.")
+    request, runner = replace(request, device="cpu"), Runner(on_progress, cancel)
+    with Store(work_dir).locked():
+        prepared = prepare(request, work_dir, runner, drafts=False)
+        decoder = prepared.decoder
+        if decoder.config.experts is None:
+            raise InvalidRequestError(
+                f"{prepared.name} has no experts to predict; tune it without --experts."
+            )
+        settings = (prepared.folder, config, prepared.training, request.steps)
+        name = "stream-" + hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        store = Store(work_dir / name)
+        with torch.random.fork_rng():
+            torch.manual_seed(prepared.training.seed)
+            stream = ExpertStream(config, decoder.config)
+        began = time.monotonic()
+        _fit_union(stream, prepared, runner)
+        _train(stream, prepared, request.steps, store, runner)
+        measured = measure(stream, decoder, prepared.held_out, runner, store)
+        training = {
+            "steps": request.steps, "tokens_written": prepared.corpus.sequences.num_new_tokens,
+            "seconds": round(time.monotonic() - began, 1),
+            "settings": {**asdict(request.data), **asdict(prepared.training)},
+        }  # fmt: skip
+        path = request.out or tuned_dir() / FOLDER / f"{Path(prepared.name).stem.lower()}.safetensors"
+        save_stream(path, stream, decoder, prepared.name, training, measured)
+    return path
+
+
+@torch.no_grad()
+def _fit_union(stream: ExpertStream, prepared: Prepared, runner: Runner) -> None:
+    """A minute's work on any machine, so it has no checkpoint of its own."""
+    sequences, training = prepared.corpus.sequences, prepared.training
+    order = BatchOrder(sequences.lengths, prepared.corpus.kept, training.tokens_per_batch, training.seed)
+    total = max(4, _UNION_TOKENS // training.tokens_per_batch)
+    meter, fit = runner.meter(INITIALISE, 0, total), UnionFit(stream)
+    for index in range(total):
+        if runner.stopped():
+            raise TuningStoppedError
+        some = cut(sequences, order.rows(index))
+        inside = torch.arange(some.tokens.shape[1]) < some.lengths[:, None]
+        fit.add(run_slow(prepared.decoder, some.tokens.long()), inside)
+        meter.report(index + 1)
+    fit.solve()
+
+
+def _train(stream: ExpertStream, prepared: Prepared, steps: int, store: Store, runner: Runner) -> None:
+    decoder, corpus, training = prepared.decoder, prepared.corpus, prepared.training
+    order = BatchOrder(corpus.sequences.lengths, corpus.kept, training.tokens_per_batch, training.seed)
+    trainer = Trainer(stream, training, steps)
+
+    def step(index: int) -> str:
+        loss = stream_loss(stream, decoder, cut(corpus.sequences, order.rows(index)))
+        trainer.descend(loss)
+        return f"divergence {float(loss.detach()):.3f}" if index % 5 == 4 else ""
+
+    runner.run(TRAIN, store, "training", steps, step, trainer.state, trainer.restore)
+
+
+def stream_loss(stream: ExpertStream, decoder: Decoder, sequences: Sequences) -> Tensor:
+    """Mean divergence of the routers' distributions on the stream from those on the slow states."""
+    slow = run_slow(decoder, sequences.tokens.long())
+    inside = torch.arange(sequences.tokens.shape[1]) < sequences.lengths[:, None]
+    losses = []
+    for (_, target), logits in run_stream(stream, decoder, slow).items():
+        shares = slow.shares[target]
+        assert shares is not None
+        sharpened = slow.sharpness[target] * logits[inside].float()
+        wanted, log_q = shares[inside], sharpened.log_softmax(dim=-1)
+        losses.append((wanted * (wanted.clamp(min=1e-9).log() - log_q)).sum(dim=-1).mean())
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def measure(
+    stream: ExpertStream, decoder: Decoder, held_out: Sequences, runner: Runner, store: Store
+) -> dict[str, Any]:
+    """Recall of the experts that the routers choose, by lookahead: of the stream, and of the later layer's router
+    on the slow state at the same places."""
+    groups = [cut(held_out, rows) for rows in in_groups(held_out, 1024)]
+    hits: defaultdict[str, float] = defaultdict(float)
+    counts: defaultdict[str, float] = defaultdict(float)
+    experts = decoder.config.experts
+    assert experts is not None
+    k = experts.num_experts_per_tok
+
+    def step(index: int) -> str:
+        sequences = groups[index]
+        slow = run_slow(decoder, sequences.tokens.long())
+        place = torch.arange(sequences.tokens.shape[1])
+        inside = (place >= sequences.prompt_lengths[:, None]) & (place < sequences.lengths[:, None])
+        depth = stream.config.draft_depth
+        union = stream.union_logits(slow.before[depth], slow.final)
+        found = {
+            "stream": run_stream(stream, decoder, slow),
+            "next_gate": _next_gate(stream, decoder, slow),
+            "union": {(depth, layer): union[..., n, :] for n, layer in enumerate(stream.sparse)},
+        }
+        for name, predictions in found.items():
+            for (source, target), logits in predictions.items():
+                shares = slow.shares[target]
+                assert shares is not None
+                chosen = shares[inside].topk(k, dim=-1).indices
+                named = logits[inside].topk(k, dim=-1).indices
+                key = f"{name} {target - source}" if name != "union" else name
+                hits[key] += float((chosen[:, :, None] == named[:, None]).sum())
+                counts[key] += chosen.numel()
+        return ""
+
+    def state() -> dict[str, Tensor]:
+        names = sorted(counts)
+        return {name: torch.tensor([hits[name], counts[name]], dtype=torch.float64) for name in names}
+
+    def restore(saved: dict[str, Tensor], done: int) -> None:
+        for name, pair in saved.items():
+            hits[name], counts[name] = pair.tolist()
+
+    runner.run(EVALUATE, store, "measured", len(groups), step, state, restore)
+    return {
+        "recall_by_lookahead": {name: hits[name] / counts[name] for name in sorted(counts)},
+        "note": f"Share of the {k} experts chosen that are among the {k} named, on held-out text; of the union map over "
+        "all layers, given the model's own final states.",
+    }
+
+
+def _next_gate(stream: ExpertStream, decoder: Decoder, slow: SlowPass) -> dict[tuple[int, int], Tensor]:
+    """What the later routers make of the slow states, at the places where the stream is read."""
+    found = {}
+    for index in range(stream.first, decoder.config.num_layers):
+        target = stream.target(index)
+        if target is None:
+            continue
+        layer, config = decoder.layers[index], decoder.config
+        x = rms_norm(slow.before[index], layer.attn_norm, config.norm_eps)
+        q, k, v = decoder.project_qkv(index, x, slow.cos, slow.sin)
+        state = slow.before[index] + layer.o(causal_attention(q, k, v))
+        found[index, target] = stream.router_logits(decoder, target, state)
+    return found
+
+
+def read_measured(path: Path) -> str:
+    """What the card of a stream's file says about its predictions, as text."""
+    measured = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
+    recall = ", ".join(f"{name} {value:.1%}" for name, value in measured["recall_by_lookahead"].items())
+    return f"Recall by lookahead: {recall}.\n{measured['note']}"
+
+
+def find_stream(decoder: Decoder) -> ExpertStream | None:
+    """The stream for this model: one tuned on this machine, else a shipped one, else None."""
+    wanted = fingerprint(decoder)
+    for folder in (tuned_dir() / FOLDER, SHIPPED / FOLDER):
+        for path in sorted(folder.glob("*.json")):
+            try:
+                card = json.loads(path.read_text(encoding="utf-8"))
+                if card["base_model"]["fingerprint"] == wanted:
+                    return load_stream(path.with_suffix(".safetensors"), decoder)
+            except (OSError, ValueError, KeyError, TypeError, AdapterError) as error:
+                _log.warning("%s cannot be used: %s", path.name, error)
+    return None
+
+
+def load_stream(path: Path, decoder: Decoder) -> ExpertStream:
+    """The stream at ``path`` (``.safetensors`` with its card).
+
+    Raises:
+        AdapterError: it belongs to another model, or a file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        if card["base_model"]["fingerprint"] != fingerprint(decoder):
+            raise AdapterError(
+                f"{path.name} was trained for {card['base_model']['name']}, which is not the loaded model."
+            )
+        stream = ExpertStream(ExpertStreamConfig(**card["stream"]), decoder.config)
+        stream.load_state_dict(load_file(path))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise AdapterError(
+            f"{path.name} is damaged or incomplete; fetch it again or tune the model again."
+        ) from error
+    return stream.requires_grad_(False)
+
+
+def save_stream(
+    path: Path,
+    stream: ExpertStream,
+    decoder: Decoder,
+    name: str,
+    training: dict[str, Any],
+    measured: dict[str, Any],
+) -> None:
+    """Write ``path`` and its card, each atomically, the card last."""
+    from safetensors.torch import save
+
+    tensors = {key: value.detach().bfloat16().contiguous() for key, value in stream.state_dict().items()}
+    card = {
+        "base_model": {"name": name, "fingerprint": fingerprint(decoder)},
+        "stream": asdict(stream.config), "training": training, "measured": measured,
+    }  # fmt: skip
+    with replacing(path) as file:
+        file.write(save(tensors))
+    with replacing(path.with_suffix(".json")) as file:
+        file.write((json.dumps(card, indent=1) + "\n").encode())

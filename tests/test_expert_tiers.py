@@ -1,0 +1,234 @@
+"""Experts in slots: whatever the slots, policies, predictors and delays, the output is that of the resident model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine import paths
+from engine.experts.cache import ExpertCache, LayerExperts
+from engine.experts.eviction import EVICTION_POLICIES
+from engine.experts.eviction.base import EvictionPolicy
+from engine.experts.eviction.belady import Belady
+from engine.experts.model import ExpertTiers, prepare_store
+from engine.experts.prediction.accelerated import Accelerated, StreamedDecoder
+from engine.experts.prediction.base import Predictor
+from engine.experts.prediction.draft_union import UnionDrafter
+from engine.experts.prediction.next_gate import NextGate
+from engine.experts.prediction.replay import AlwaysWrong, Oracle
+from engine.experts.prefetcher import Prefetcher
+from engine.experts.reader import Link
+from engine.experts.store import Key
+from engine.models.decoder import Decoder
+from engine.models.loader import load_decoder
+from engine.models.stepper import Stepper, TorchStepper, make_stepper
+from engine.residuals.drafter import make_drafter
+from engine.residuals.expert_stream import ExpertStream, ExpertStreamConfig
+from tests import tiny
+from tests.test_m2r2 import Scripted, accelerator, fixed, run
+
+PROMPT = list(range(40, 75))
+NUM_LAYERS, NUM_EXPERTS = 3, 8  # of the tiny models
+SLOW = Link(200e6, 3e-4)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv(paths.HOME_VARIABLE, str(tmp_path_factory.mktemp("home")))
+    yield
+    patch.undo()
+
+
+class Model:
+    """A tiny model, resident, with what it writes and which experts that takes."""
+
+    def __init__(self, folder: Path, weight_format: str, make: Callable[[Decoder], Stepper]) -> None:
+        self.folder, self.format, self.make = folder, weight_format, make
+        self.resident = load_decoder(folder, weight_format)
+        with Tiers(self, NUM_LAYERS * NUM_EXPERTS, EVICTION_POLICIES["lru"]()) as tiers:
+            tiers.cache.recording = []
+            self.logits, self.tokens = write(make(tiers.decoder))
+            self.trace = tuple(tiers.cache.recording)
+        resident_logits, resident_tokens = write(make(self.resident))
+        assert torch.equal(self.logits, resident_logits) and self.tokens == resident_tokens
+
+
+class Tiers:
+    """A model with slots, to be used in a ``with`` block."""
+
+    def __init__(
+        self,
+        model: Model,
+        num_slots: int,
+        eviction: EvictionPolicy,
+        predictor: Callable[[Decoder], Predictor] | None = None,
+        link: Link | None = None,
+        num_threads: int = 2,
+        direct: bool = False,
+    ) -> None:
+        store = prepare_store(model.folder, model.format, direct=direct)
+        self.cache = ExpertCache(store, num_slots, eviction, link, num_threads)
+        self.decoder = model.resident.with_experts(lambda layer: LayerExperts(self.cache, layer))
+        prefetcher = predictor and Prefetcher(self.cache, predictor(self.decoder), always=True)
+        self.tiers = ExpertTiers(self.cache, prefetcher)
+        self.decoder.watch = self.tiers.watch
+
+    def __enter__(self) -> Tiers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.tiers.close()
+
+
+def write(stepper: Stepper, num_tokens: int = 12) -> tuple[torch.Tensor, list[int]]:
+    """Logits of a prompt's end and of each token behind it, and the tokens."""
+    decoder = stepper.decoder
+    cache = decoder.new_cache(64)
+    stepper.prefill(PROMPT[:-1], cache)
+    token, tokens, logits = PROMPT[-1], [], []
+    for _ in range(num_tokens):
+        hidden = stepper.run_layers(stepper.embed([token]), cache, cache.length, 0, decoder.config.num_layers)
+        cache.length += 1
+        logits.append(stepper.logits(hidden)[0])
+        token = int(logits[-1].argmax())
+        tokens.append(token)
+    return torch.stack(logits), tokens
+
+
+FUSED, TORCH = make_stepper, TorchStepper
+MODELS: list[tuple[str, str, Callable[[Decoder], Stepper]]] = [
+    *((family, "fp32", FUSED) for family in tiny.MOE_FAMILIES),
+    *(("qwen2_moe", weight_format, FUSED) for weight_format in ("int4", "int8", "bf16")),
+    ("mixtral", "fp32", TORCH),
+    ("qwen2_moe", "int4", TORCH),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda param: f"{param[0]}-{param[1]}-{param[2].__name__}")
+def model(request: Any, home: None, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    family, weight_format, make = request.param
+    folder = tiny.save_model(tmp_path_factory.mktemp("model") / family, family, num_hidden_layers=NUM_LAYERS)
+    return Model(folder, weight_format, make)
+
+
+def check(model: Model, tiers: Tiers) -> None:
+    logits, tokens = write(model.make(tiers.decoder))
+    assert tokens == model.tokens
+    assert torch.equal(logits, model.logits)
+
+
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 7, NUM_LAYERS * NUM_EXPERTS])
+def test_output_does_not_depend_on_the_slots(model: Model, num_slots: int, policy: str) -> None:
+    with Tiers(model, num_slots, EVICTION_POLICIES[policy]()) as tiers:
+        check(model, tiers)
+        slots = tiers.cache.store.layout.nbytes * num_slots
+        assert tiers.cache.resident_bytes == slots
+        assert len(tiers.cache.residents()) <= num_slots
+
+
+def predictors(model: Model) -> dict[str, Callable[[Decoder], Predictor]]:
+    return {
+        **{f"next-gate {n}": lambda decoder, n=n: NextGate(decoder, n) for n in (1, 2)},  # type: ignore[misc]
+        "all": lambda decoder: NextGate(decoder, 1, NUM_EXPERTS),
+        "oracle": lambda decoder: Oracle(model.trace),
+        "oracle 2": lambda decoder: Oracle(model.trace, 2),
+        "always wrong": lambda decoder: AlwaysWrong(model.trace, NUM_EXPERTS),
+    }
+
+
+@pytest.mark.parametrize("name", ["next-gate 1", "next-gate 2", "all", "oracle", "oracle 2", "always wrong"])
+@pytest.mark.parametrize("num_slots", [1, 3, 8])
+def test_output_does_not_depend_on_predictions(model: Model, name: str, num_slots: int) -> None:
+    """On a slow link, so that loads are late, overtake each other and are taken back."""
+    for policy, threads in ((EVICTION_POLICIES["lru"](), 1), (Belady(model.trace), 3)):
+        with Tiers(model, num_slots, policy, predictors(model)[name], SLOW, threads) as tiers:
+            check(model, tiers)
+            assert tiers.cache.stats.prefetch_used <= tiers.cache.stats.prefetch_issued
+
+
+def test_an_oracle_is_never_missed(model: Model) -> None:
+    with Tiers(model, 16, Belady(model.trace), predictors(model)["oracle"]) as tiers:
+        check(model, tiers)
+        stats = tiers.cache.stats
+        first = [number for _, number in _of_layer(model, 0)]
+        # Nothing can be known ahead of the first layer of a pass.
+        assert stats.expert_misses <= len(first)
+        assert stats.prefetch_used == stats.prefetch_issued
+
+
+def test_a_wrong_predictor_is_never_right(model: Model) -> None:
+    with Tiers(model, 12, EVICTION_POLICIES["lru"](), predictors(model)["always wrong"]) as tiers:
+        check(model, tiers)
+        assert tiers.cache.stats.prefetch_used == 0 < tiers.cache.stats.prefetch_issued
+
+
+@pytest.mark.parametrize("num_slots", [1, 5, NUM_LAYERS * NUM_EXPERTS])
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_output_does_not_depend_on_speculation(model: Model, num_slots: int, drafts: int) -> None:
+    """Verification asks for the experts of several tokens at once."""
+    expected = [*PROMPT, *model.tokens]
+
+    def right_and_wrong(place: int) -> int:
+        return expected[place] if place < len(expected) and place % 3 else 7
+
+    for choose in (None, right_and_wrong, lambda place: 7):
+        with Tiers(model, num_slots, EVICTION_POLICIES["lru"](), lambda d: NextGate(d, 1)) as tiers:
+            stepper = model.make(tiers.decoder)
+            drafter = make_drafter(stepper, accelerator(tiers.decoder))
+            method = fixed(Scripted(drafter, choose) if choose else drafter, drafts)
+            tokens, rounds = run(stepper, method, len(model.tokens), PROMPT)
+            assert tokens == model.tokens
+            assert sum(drafted for drafted, _ in rounds) > 0
+
+
+@pytest.mark.parametrize("num_slots", [1, 6])
+def test_output_does_not_depend_on_the_accelerated_stream(model: Model, num_slots: int) -> None:
+    """Alone, and with drafts whose experts the union map names."""
+    with Tiers(model, num_slots, EVICTION_POLICIES["least-stale"](), link=SLOW) as tiers:
+        stream = random_stream(tiers.decoder)
+        decoder = StreamedDecoder(tiers.decoder, stream)
+        prefetcher = Prefetcher(tiers.cache, Accelerated(decoder), always=True)
+        decoder.watch = prefetcher.watch
+        logits, tokens = write(model.make(decoder))
+        assert tokens == model.tokens
+        if model.make is FUSED or model.format == "int4":
+            assert torch.equal(logits, model.logits)
+        else:  # how torch sums two rows may differ from how it sums one
+            torch.testing.assert_close(logits, model.logits, rtol=1e-4, atol=1e-4)
+        assert tiers.cache.stats.prefetch_issued > 0 or num_slots == 1
+        stepper = model.make(decoder)
+        drafter = UnionDrafter(make_drafter(stepper, accelerator(decoder, depth=1)), stream, tiers.cache)
+        assert run(stepper, fixed(drafter, 3), len(model.tokens), PROMPT)[0] == model.tokens
+
+
+def random_stream(decoder: Decoder) -> ExpertStream:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stream = ExpertStream(ExpertStreamConfig(rank=4, draft_depth=1), decoder.config)
+        for parameter in (*stream.parameters(), stream.union):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return stream
+
+
+def test_belady_loads_least(model: Model) -> None:
+    loaded = {}
+    for policy in (*(make() for make in EVICTION_POLICIES.values()), Belady(model.trace)):
+        with Tiers(model, 10, policy) as tiers:
+            check(model, tiers)
+            loaded[policy.name] = tiers.cache.stats.bytes_loaded
+    assert loaded["belady"] == min(loaded.values())
+
+
+def test_reads_may_bypass_the_file_cache(model: Model) -> None:
+    with Tiers(model, 2, EVICTION_POLICIES["lru"](), direct=True) as tiers:
+        check(model, tiers)
+
+
+def _of_layer(model: Model, layer: int) -> list[Key]:
+    return [(layer, number) for own, numbers in model.trace if own == layer for number in numbers]
