@@ -42,7 +42,7 @@ def read_memory() -> Memory:
     """Look at the meters now."""
     from engine import hardware
 
-    machine, gpu = hardware.machine_memory(), hardware.gpu_memory()
+    machine, gpu = hardware.machine_memory(), hardware.gpu_in_use()
     return Memory(
         hardware.process_memory(), machine.used, machine.total,
         gpu.used if gpu else None, gpu.total if gpu else None,

@@ -54,6 +54,8 @@ def estimate_fit(source: str, memory: int | None, weight_format: str = "auto") -
         return Fit(f"About {size_text(model.weight_bytes or 0)} of weights go to the memory of the GPU.")
     if not model.fits:
         return Fit(model.plan, False)
+    if device != "cpu":
+        return Fit(_memory_sentence(model), True)
     told, bandwidth = _memory_sentence(model), known_bandwidth()
     if bandwidth is None:
         return Fit(told, True, waits_for_bandwidth=True)

@@ -147,12 +147,19 @@ def private_memory() -> int:
     return int(info.rss - info.shared) if hasattr(info, "shared") else 0
 
 
-def gpu_memory() -> MemoryUse | None:
+def gpu_in_use() -> MemoryUse | None:
     """Memory of the first GPU, once torch uses it; None without one. Cheap enough for a meter."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
-    free, total = torch.cuda.mem_get_info()
+    return gpu_memory("cuda")
+
+
+def gpu_memory(device: str) -> MemoryUse:
+    """Memory of a GPU that torch can use, and of it, what is in use by everything. The first call sets CUDA up."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
     return MemoryUse(total - free, total)
 
 

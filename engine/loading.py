@@ -108,7 +108,7 @@ def _load_decoder(
     else:
         from engine.experts.model import load_with_tiers
 
-        decoder, tiers = load_with_tiers(path, weight_format, plan, on_progress, on_share, cancel)
+        decoder, tiers = load_with_tiers(path, weight_format, plan, on_progress, on_share, cancel, device)
         backend = DecoderBackend(decoder, tiers=tiers)
         notes = (*notes, str(plan))
     return LoadedModel(
@@ -118,13 +118,13 @@ def _load_decoder(
 
 
 def _plan(config: ModelConfig, weight_format: str, device: str, memory: int | None) -> MemoryPlan | None:
-    """Which experts stay in memory; None for a dense model, and on a GPU, whose memory is not divided yet."""
-    if config.experts is None or device != "cpu":
+    """Which experts stay in memory; None for a dense model."""
+    if config.experts is None:
         return None
     from engine.experts.planner import plan_memory
     from engine.quantization import get_format
 
-    return plan_memory(config, get_format(weight_format), memory)
+    return plan_memory(config, get_format(weight_format), memory, device=device)
 
 
 def _load_fallback(

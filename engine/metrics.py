@@ -64,6 +64,10 @@ class ExpertStats:
         """What has been counted since ``earlier``, a copy of the same counters."""
         return ExpertStats(**{f.name: getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)})
 
+    def plus(self, other: ExpertStats) -> ExpertStats:
+        """Both added up."""
+        return ExpertStats(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
     @property
     def hit_rate(self) -> float | None:
         """Share of the experts asked for that were in memory."""

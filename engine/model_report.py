@@ -32,7 +32,9 @@ class ModelReport:
     weight_bytes: int | None = None  # of that format, about
     step_bytes: int | None = None  # of them, what one token reads
     reason: str | None = None
-    plan: str | None = None  # what lives where in memory, or why it does not fit; None on a GPU
+    plan: str | None = (
+        None  # what lives where in memory, or why it does not fit; None for a dense model on a GPU
+    )
     fits: bool | None = None  # whether there is memory for it
     memory_bytes: int | None = None  # that the process will take
     num_experts: int | None = None  # None: it has none
@@ -86,7 +88,9 @@ def examine_model(
         step_bytes=int(count_read_parameters(config) * per_weight),
         reason=" ".join(notes) or None,
     )
-    return report if device != "cpu" else _with_plan(report, config, memory, released)
+    if device != "cpu" and config.experts is None:
+        return report
+    return _with_plan(report, config, memory, released, device)
 
 
 def _local_config(path: Path) -> ModelConfig:
@@ -114,7 +118,9 @@ def _remote_config(source: str) -> tuple[ModelConfig, int]:
     return config_from_hf(offer.config), offer.size
 
 
-def _with_plan(report: ModelReport, config: ModelConfig, memory: int | None, released: int) -> ModelReport:
+def _with_plan(
+    report: ModelReport, config: ModelConfig, memory: int | None, released: int, device: str
+) -> ModelReport:
     """Adds whether there is memory, and what lives where in it."""
     from engine.experts.planner import default_budget, fixed_bytes, plan_memory
     from engine.quantization import get_format
@@ -131,7 +137,8 @@ def _with_plan(report: ModelReport, config: ModelConfig, memory: int | None, rel
             )
         return replace(report, plan=told, fits=needed <= budget, memory_bytes=needed)
     try:
-        plan = plan_memory(config, fmt, memory or default_budget(released))
+        budget = memory or default_budget(released if device == "cpu" else 0, device)
+        plan = plan_memory(config, fmt, budget, device=device)
     except OutOfMemoryError as error:
         return replace(report, plan=str(error), fits=False)
     return replace(

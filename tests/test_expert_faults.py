@@ -287,14 +287,14 @@ def test_slots_leave_when_memory_gets_short(session: Session) -> None:
     tiers = session.backend.tiers  # type: ignore[attr-defined]
     plan, cache = tiers.plan, tiers.cache
     roomy = MemoryUse(used=10, total=100)
-    MemoryGuard(cache, plan, lambda: roomy, lambda: plan.budget).look()
+    MemoryGuard(cache, plan, "cpu", lambda: roomy, lambda: plan.budget).look()
     assert cache.num_slots == NUM_SLOTS
-    MemoryGuard(cache, plan, lambda: roomy, lambda: plan.budget + 1).look()
+    MemoryGuard(cache, plan, "cpu", lambda: roomy, lambda: plan.budget + 1).look()
     assert cache.num_slots == NUM_SLOTS - 1
-    MemoryGuard(cache, plan, lambda: roomy, lambda: 2 * plan.budget).look()
+    MemoryGuard(cache, plan, "cpu", lambda: roomy, lambda: 2 * plan.budget).look()
     assert cache.num_slots == NUM_SLOTS - 1  # all slots together would not make up for that
     for _ in range(5):
-        MemoryGuard(cache, plan, lambda: MemoryUse(used=99, total=100), lambda: plan.budget).look()
+        MemoryGuard(cache, plan, "cpu", lambda: MemoryUse(used=99, total=100), lambda: plan.budget).look()
     assert cache.num_slots == plan.least_slots == 3
     assert answer(session) == tokens
     assert len(cache.residents()) <= 3

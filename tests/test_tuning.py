@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,11 +23,12 @@ from safetensors.torch import load_file
 from engine.cli import build_parser
 from engine.errors import InvalidRequestError
 from engine.models.loader import load_decoder
-from engine.residuals import stages, tuning, tuning_data, tuning_store
+from engine.residuals import agreement, stages, tuning, tuning_data, tuning_store
 from engine.residuals.ablation import OwnKeysObjective, ablate, draft_cost, predicted_speedup, rows, table
 from engine.residuals.accelerator import Accelerator, AcceleratorConfig
 from engine.residuals.adapter_file import find_adapter, load_accelerator, read_card
 from engine.residuals.command import parse_size
+from engine.residuals.corpus import generate_continuations
 from engine.residuals.stages import Runner
 from engine.residuals.training import (
     Batch,
@@ -38,7 +40,7 @@ from engine.residuals.training import (
     run_teacher,
     shift_right,
 )
-from engine.residuals.tuning import TuneRequest, tune
+from engine.residuals.tuning import TuneRequest, mean_agreement, tune
 from engine.residuals.tuning_store import TuningError, TuningStoppedError, cut, in_groups
 from tests import tiny
 from tests.tuning_worker import make_quick, small_request
@@ -178,6 +180,57 @@ def test_a_finished_run_is_not_repeated(
     request = small_request(model, prompts, undisturbed)
     assert tune(request, undisturbed.parent / "work", lambda p: seen.append(p.stage)) == undisturbed
     assert "train" not in seen
+
+
+def test_training_goes_on_from_an_accelerator(
+    model: Path, prompts: Path, undisturbed: Path, quick: None, tmp_path: Path
+) -> None:
+    """Its shape and its draft vocabulary are kept, the text is found again, and it drafts no worse."""
+    request = small_request(model, prompts, tmp_path / "more.safetensors")
+    shape = AcceleratorConfig(depth=1, rank=2, draft_vocab_size=32)  # does not count
+    seen: list[str] = []
+    path = tune(
+        replace(request, start=undisturbed, accelerator=shape), undisturbed.parent / "work",
+        lambda p: seen.append(p.stage),
+    )  # fmt: skip
+    assert "generate" not in seen and "initialise" not in seen
+    first, second = read_card(undisturbed), read_card(path)
+    assert second["accelerator"] == first["accelerator"] and not same_tensors(undisturbed, path)
+    assert second["training"]["went_on_from"] == first["training"]
+    before, after = (mean_agreement(card["measured"]) for card in (first, second))
+    assert after > before - 0.05
+
+
+def test_what_a_row_writes_does_not_depend_on_the_others(model: Path) -> None:
+    """Rows that have ended leave, and the others go on as if they were alone."""
+    decoder = load_decoder(model, "fp64")
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(2, 40, (24,), generator=generator).tolist()
+    prompts = [torch.randint(3, 200, (size,), generator=generator).tolist() for size in sizes]
+    eos_ids = list(range(3, 40))
+    together = generate_continuations(decoder, prompts, [0.0] * 24, 80, eos_ids)
+    assert len(set((together.lengths - together.prompt_lengths).tolist())) > 5
+    for row, prompt in enumerate(prompts):
+        alone = generate_continuations(decoder, [prompt], [0.0], 80, eos_ids)
+        length = int(alone.lengths[0])
+        assert length == int(together.lengths[row]) and together.prompt_lengths[row] == len(prompt)
+        assert torch.equal(alone.tokens[0, :length], together.tokens[row, :length])
+
+
+def test_agreement_on_suites_goes_into_the_card(
+    model: Path, prompts: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (undisturbed, undisturbed.with_suffix(".json")):
+        shutil.copy(file, tmp_path)
+    adapter = tmp_path / undisturbed.name
+    arguments = ["--model", str(model), "--adapter", str(adapter), "--suites", "", "--prompts", str(prompts)]
+    assert agreement.main([*arguments, "--max-tokens", "16", "--device", "cpu", "--card"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    shares = result["agreement"]
+    assert result["suite"] == "prompts" and len(shares) == 6 and 0 < shares[0] <= 1
+    card = read_card(adapter)
+    assert card["measured"]["greedy_agreement_by_draft_position"] == {"prompts": shares}
+    assert load_accelerator(adapter, load_decoder(model, "fp32"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no such signal")

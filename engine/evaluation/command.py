@@ -83,8 +83,10 @@ def bench(arguments: argparse.Namespace) -> int:
     workers: dict[str, Worker] = {}
     try:
         for spec in specs:
-            _tell(f"Loading {spec.name} ...")
             workers[spec.name] = Worker(spec)
+        for name, worker in workers.items():
+            _tell(f"Loading {name} ...")
+            _ = worker.facts
         return _run(workers, prompts, settings, samples, baseline, target)
     finally:
         for worker in workers.values():

@@ -5,6 +5,7 @@ A lane answers token ids with greedy or sampled tokens, exactly as many as asked
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,10 @@ from engine.errors import SlipstreamError, UnsupportedModelError
 class Lane(Protocol):
     """What the worker needs of an engine."""
 
+    def peak_memory_mb(self) -> float | None:
+        """Most memory so far in MB (10^6 bytes): of the process, or of the GPU where it computes there."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """Facts of the lane for the report."""
         ...
@@ -22,6 +27,26 @@ class Lane(Protocol):
     def generate(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
         """The fields of a :class:`~engine.evaluation.statistics.Sample`."""
         ...
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident size of this process so far, in MB (10^6 bytes)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+        return peak / 1e6 if peak else None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def peak_gpu_memory_mb() -> float:
+    """Most that torch has taken of the GPU so far, in MB (10^6 bytes)."""
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 1e6
 
 
 class SlipstreamLane:
@@ -35,6 +60,9 @@ class SlipstreamLane:
         if method not in self.session.methods():
             known = ", ".join(self.session.methods())
             raise UnsupportedModelError(f"The method {method!r} is not available here; choose from {known}.")
+
+    def peak_memory_mb(self) -> float | None:
+        return peak_memory_mb() if self.session.info.device == "cpu" else peak_gpu_memory_mb()
 
     def describe(self) -> dict[str, Any]:
         info = self.session.info
@@ -95,6 +123,9 @@ class LlamaCppLane:
         self.version = llama_cpp.__version__
         self.system = llama_cpp.llama_print_system_info().decode().strip()
 
+    def peak_memory_mb(self) -> float | None:
+        return peak_memory_mb()
+
     def describe(self) -> dict[str, Any]:
         return {
             "format": "gguf",
@@ -128,17 +159,27 @@ class TransformersLane:
         import torch
         import transformers
 
+        from engine.loading import pick_device
+
         torch.set_num_threads(threads)
         path = model_path(source)
         folder, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **gguf)
-        self.model.eval()
+        self.model.to(pick_device("auto")).eval()
         # Exactly max_new_tokens: no end token, and no filter that its own settings bring along.
         self.model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
         self.version = transformers.__version__
 
+    def peak_memory_mb(self) -> float | None:
+        return peak_memory_mb() if self.model.device.type == "cpu" else peak_gpu_memory_mb()
+
     def describe(self) -> dict[str, Any]:
-        return {"format": "bf16", "kernel": "transformers", "version": f"transformers {self.version}"}
+        return {
+            "format": "bf16",
+            "device": str(self.model.device),
+            "kernel": "transformers",
+            "version": f"transformers {self.version}",
+        }
 
     def generate(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
         import torch
@@ -148,11 +189,11 @@ class TransformersLane:
 
         def note_time(tokens: Any, scores: Any, **_: Any) -> Any:
             marks.append(time.perf_counter())
-            return torch.zeros(tokens.shape[0], dtype=torch.bool)
+            return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
 
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-        prompt = torch.tensor([ids])
+        prompt = torch.tensor([ids], device=self.model.device)
         started = time.perf_counter()
         with torch.inference_mode():
             output = self.model.generate(

@@ -55,9 +55,11 @@ def _report(path: Path) -> str:
     rows, settings, machine = report["rows"], report["settings"], report["machine"]
     model = next(row["model"] for row in rows).rsplit("/", 1)[-1]
     sampling = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
+    on_gpu = any((row.get("device") or "cpu") != "cpu" for row in rows)
+    where = machine["gpus"][0]["name"] if on_gpu else f"{machine['cpu']}, {settings['threads']} threads"
     title = (
         f"**{model}**, {settings['suite']}, {rows[0]['num_prompts']} prompts, {settings['max_tokens']} new tokens, "
-        f"{sampling}; {machine['cpu']}, {settings['threads']} threads; ratios to {rows[0]['baseline']} "
+        f"{sampling}; {where}; ratios to {rows[0]['baseline']} "
         f"([raw](assets/results/{path.name}))"
     )
     lines = [title, "", markdown_table(rows), ""]

@@ -6,6 +6,7 @@ each lane's own; the balanced order and paired ratios cancel what the machine do
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,13 @@ class Worker:
             text=True,
             encoding="utf-8",
         )
-        self.facts: dict[str, Any] = self.ask(asdict(spec))["lane"]
+        self._send(asdict(spec))
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What has been loaded; waits until it is."""
+        lane: dict[str, Any] = self._reply()["lane"]
+        return lane
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Send a message and wait for the reply.
@@ -82,13 +90,18 @@ class Worker:
         Raises:
             SlipstreamError: the lane failed or its process died.
         """
-        assert self._process.stdin and self._process.stdout
-        try:
+        self._send(message)
+        return self._reply()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # the reply tells
             self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
             raise SlipstreamError(f"The lane {self.spec.name} ended unexpectedly (exit code {code}).")
@@ -168,6 +181,8 @@ def build_rows(
         summary: Summary = summarise(samples.get(name, {}), samples.get(baseline), reference)
         weight_bytes = facts.get("weight_bytes")
         plain_rate = summary.tokens_per_second if spec.method == "plain" else None
+        if facts.get("device", "cpu") != "cpu":
+            plain_rate = None  # the bandwidth is that of the machine's RAM
         share = weight_bytes * plain_rate / bandwidth if weight_bytes and plain_rate and bandwidth else None
         rows.append(
             {
@@ -181,6 +196,7 @@ def build_rows(
                 "peak_memory_mb": worker.peak_memory_mb,
                 "lane": name,
                 "kernel": facts.get("kernel"),
+                "device": facts.get("device"),
                 "version": facts.get("version"),
                 "system": facts.get("system"),
                 "weight_bytes": weight_bytes,

@@ -15,19 +15,6 @@ from engine.errors import SlipstreamError
 from engine.evaluation.peers import Lane, build_lane
 
 
-def peak_memory_mb() -> float | None:
-    """Largest resident size of this process so far, in MB (10^6 bytes)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
-        return peak / 1e6 if peak else None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
 def answer(lane: Lane, message: dict[str, Any]) -> dict[str, Any]:
     """Reply to one message."""
     if "encode" in message:
@@ -35,7 +22,7 @@ def answer(lane: Lane, message: dict[str, Any]) -> dict[str, Any]:
     sample = lane.generate(
         message["ids"], message["max_tokens"], message["temperature"], message.get("seed", 0)
     )
-    return {"sample": sample, "peak_memory_mb": peak_memory_mb()}
+    return {"sample": sample, "peak_memory_mb": lane.peak_memory_mb()}
 
 
 def main() -> None:

@@ -57,8 +57,11 @@ class BlobLayout:
         self.nbytes = -(-at // PAGE) * PAGE
 
     @classmethod
-    def of(cls, config: ModelConfig, fmt: WeightFormat) -> BlobLayout:
-        """The layout of the routed experts of a model in a weight format (CPU).
+    def of(cls, config: ModelConfig, fmt: WeightFormat, device: torch.device | None = None) -> BlobLayout:
+        """The layout of the routed experts of a model in a weight format.
+
+        Args:
+            device: where they compute, which decides the order of their codes; None: the CPU.
 
         Raises:
             UnsupportedModelError: the format takes no matrices of that shape.
@@ -66,8 +69,9 @@ class BlobLayout:
         assert config.experts is not None
         size, hidden = config.experts.intermediate_size, config.hidden_size
         shapes = ((2 * size, hidden), (hidden, size))
-        linears = [fmt.pack(torch.zeros(shape), None, torch.device("cpu")) for shape in shapes]
-        for linear in linears:
+        device = device or torch.device("cpu")
+        linears = [fmt.pack(torch.zeros(shape), None, device) for shape in shapes]
+        for linear in linears if device.type == "cpu" else ():
             if isinstance(linear, Int4Linear) and (block := store_block(config)):
                 linear.interleave(block)
         return cls(FeedForward(*linears))

@@ -12,30 +12,22 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
+import torch
 
 from engine.errors import OutOfMemoryError
-from engine.experts.blob import page_aligned
 from engine.experts.eviction import EvictionPolicy
 from engine.experts.reader import DEMANDED, EXPECTED, Link, Load, Reader
-from engine.experts.store import ExpertStore, Key, view_bytes
+from engine.experts.slots import HostSlots, Slot, SlotMaker
+from engine.experts.store import ExpertStore, Key
 from engine.metrics import ExpertStats
 from engine.models.feed_forward import FeedForward, Group
-
-
-class _Slot:
-    """A place for one expert."""
-
-    def __init__(self, store: ExpertStore) -> None:
-        blob = page_aligned(store.layout.nbytes)
-        self.bytes = view_bytes(blob)
-        self.expert = store.layout.view(blob)
 
 
 @dataclass
 class _Entry:
     """An expert that is in a slot or on its way into one."""
 
-    slot: _Slot
+    slot: Slot
     load: Load
     ready: bool = False
     pins: int = 0  # layers that wait for it or compute with it
@@ -51,6 +43,7 @@ class ExpertCache:
 
     Args:
         link: a stated bandwidth for the store, for measurements.
+        slots: where the experts are held; None: in RAM.
 
     Attributes:
         stats: counters since the cache was made.
@@ -69,14 +62,16 @@ class ExpertCache:
         eviction: EvictionPolicy,
         link: Link | None = None,
         num_threads: int = 2,
+        slots: SlotMaker | None = None,
     ) -> None:
         self.store, self.eviction = store, eviction
+        self._slots = slots or HostSlots(store.layout)
         self.stats = ExpertStats()
         self.uses = np.zeros((max(store.index.layers) + 1, store.index.num_experts), np.int64)
         self.chosen: dict[int, tuple[int, ...]] = {}
         self.recording: list[tuple[int, tuple[int, ...]]] | None = None
         self.num_slots = 0
-        self._free: list[_Slot] = []
+        self._free: list[Slot] = []
         self._entries: dict[Key, _Entry] = {}
         self._expected: dict[int, list[_Entry]] = {}  # by layer
         self._failed: dict[Key, Exception] = {}
@@ -86,7 +81,7 @@ class ExpertCache:
         self._ranked = -1  # the turn when that was found out
         self._changed = threading.Condition()
         self.resize(num_slots)
-        self._reader = Reader(store, self._done, num_threads, link)
+        self._reader = Reader(store, self._done, num_threads, link, self._slots.keeps_pieces)
 
     def fetch(self, layer: int, numbers: Sequence[int]) -> Iterator[Group]:
         """The experts ``numbers`` of ``layer`` in groups: those in memory, none perhaps, then the others as they come.
@@ -105,6 +100,7 @@ class ExpertCache:
                 with self._changed:
                     for key in ready:
                         self._entries[key].pins -= 1
+                        self._entries[key].slot.release()
                         held.remove(key)
                     self._start(missing, waiting, held)
                 if not waiting and not missing:
@@ -146,10 +142,9 @@ class ExpertCache:
         """
         with self._changed:
             try:
-                while self.num_slots < num_slots:
-                    self._free.append(_Slot(self.store))
-                    self.num_slots += 1
-            except (OSError, MemoryError) as error:
+                self._free += self._slots.make(max(0, num_slots - self.num_slots))
+                self.num_slots = max(self.num_slots, num_slots)
+            except (OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:
                 raise OutOfMemoryError(
                     "There is not enough memory for the model's experts; give a smaller --memory."
                 ) from error
@@ -158,6 +153,11 @@ class ExpertCache:
                 if slot is None:
                     break  # all are in use at this moment; the next call may find them free
                 self.num_slots -= 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts compute."""
+        return self._slots.device
 
     @property
     def resident_bytes(self) -> int:
@@ -251,8 +251,8 @@ class ExpertCache:
         self.stats.stall_seconds += perf_counter() - began
         return ready
 
-    def _load(self, key: Key, slot: _Slot, urgency: int) -> _Entry:
-        load = Load(key, slot.bytes, urgency)
+    def _load(self, key: Key, slot: Slot, urgency: int) -> _Entry:
+        load = Load(key, slot, urgency)
         entry = self._entries[key] = _Entry(slot, load)
         if urgency == EXPECTED:
             entry.ahead = True
@@ -264,7 +264,7 @@ class ExpertCache:
         entry.expected = True
         self._expected.setdefault(entry.load.key[0], []).append(entry)
 
-    def _take_slot(self, urgency: int) -> _Slot | None:
+    def _take_slot(self, urgency: int) -> Slot | None:
         """A slot that nobody needs any more; for a demanded expert also one of those that were expected."""
         if self._free:
             return self._free.pop()
@@ -307,7 +307,7 @@ class ExpertCache:
             entry = self._entries[load.key]
             if error is None:
                 entry.ready = True
-                self.stats.bytes_loaded += len(load.target)
+                self.stats.bytes_loaded += self.store.layout.nbytes
             else:
                 # A demanded expert's failure is told; one that was only expected is tried again on demand.
                 del self._entries[load.key]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
+
+import torch
 
 from engine.experts.cache import ExpertCache
-from engine.experts.planner import MemoryPlan
-from engine.hardware import MemoryUse, machine_memory, process_memory, return_free_memory
+from engine.experts.planner import CUDA_OWN, MemoryPlan
+from engine.hardware import MemoryUse, gpu_memory, machine_memory, process_memory, return_free_memory
 
 _PERIOD = 1.0  # seconds between two looks
 _LEAST_FREE = 0.04  # of the machine's memory; below it the system begins to swap or to kill
@@ -20,6 +23,7 @@ class MemoryGuard:
     """Looks now and then whether the process has outgrown its budget, or the machine has little left.
 
     Args:
+        device: whose memory it is.
         memory, own: the machine's and this process's use, for tests.
     """
 
@@ -27,11 +31,16 @@ class MemoryGuard:
         self,
         cache: ExpertCache,
         plan: MemoryPlan,
+        device: str = "cpu",
         memory: Callable[[], MemoryUse] | None = None,
         own: Callable[[], int] | None = None,
     ) -> None:
         self._cache, self._plan = cache, plan
-        self._memory, self._own = memory or machine_memory, own or process_memory
+        if device == "cpu":
+            self._memory, self._own = memory or machine_memory, own or process_memory
+        else:
+            self._memory = memory or partial(gpu_memory, device)
+            self._own = own or (lambda: CUDA_OWN + torch.cuda.memory_allocated(device))
         self._next = 0.0
 
     def look(self) -> None:

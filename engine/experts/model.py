@@ -23,6 +23,7 @@ from engine.experts.planner import MemoryPlan
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.prefetcher import Prefetcher
 from engine.experts.report import ExpertReport
+from engine.experts.slots import slot_maker
 from engine.experts.store import ExpertStore, damage_mark
 from engine.models.checkpoint import open_checkpoint
 from engine.models.decoder import Decoder
@@ -47,7 +48,7 @@ class ExpertTiers:
         self, cache: ExpertCache, prefetcher: Prefetcher | None = None, plan: MemoryPlan | None = None
     ) -> None:
         self.cache, self.prefetcher, self.plan = cache, prefetcher, plan
-        self._guard = None if plan is None else MemoryGuard(cache, plan)
+        self._guard = None if plan is None else MemoryGuard(cache, plan, str(cache.device))
 
     def watch(self, layer: int, hidden: Tensor) -> None:
         """See :attr:`engine.models.decoder.Decoder.watch`."""
@@ -87,8 +88,12 @@ def prepare_store(
     on_progress: Callable[[Progress], None] | None = None,
     cancel: threading.Event | None = None,
     direct: bool = False,
+    device: torch.device = _CPU,
 ) -> ExpertStore:
     """The expert store of the model at ``path``, written at the first use into the cache folder.
+
+    Args:
+        device: where its experts compute.
 
     Raises:
         ExpertStoreError, ModelFileError, UnsupportedModelError.
@@ -96,16 +101,19 @@ def prepare_store(
     checkpoint, fmt = open_checkpoint(path), get_format(weight_format)
     config = checkpoint.config
     assert config.experts is not None
-    layout = BlobLayout.of(config, fmt)
+    layout = BlobLayout.of(config, fmt, device)
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    file = paths.cache_dir() / "experts" / f"{path.stem}-{place}-{weight_format}.experts"
-    about = {"version": _VERSION, "model": _state(path), "format": weight_format, **_layout_facts(layout)}
+    where = "" if device.type == "cpu" else f"-{device.type}"
+    file = paths.cache_dir() / "experts" / f"{path.stem}-{place}-{weight_format}{where}.experts"
+    about = {
+        "version": _VERSION, "model": _state(path), "format": weight_format, **layout_facts(layout, device),
+    }  # fmt: skip
     if damage_mark(file).exists():
         reopen(file)
         with contextlib.suppress(OSError):
             damage_mark(file).unlink()
     layers = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
-    build = expert_packer(checkpoint, fmt, _CPU)
+    build = expert_packer(checkpoint, fmt, device)
     write_store(file, build, layers, config.experts.num_experts, layout, about, on_progress, cancel)
     return ExpertStore(file, layout, about, direct)
 
@@ -117,15 +125,19 @@ def load_with_tiers(
     on_progress: Callable[[Progress], None] | None = None,
     on_share: Callable[[float], None] | None = None,
     cancel: threading.Event | None = None,
+    device: str = "cpu",
 ) -> tuple[Decoder, ExpertTiers]:
-    """Load a model (CPU) whose experts are read from disk into ``plan.num_slots`` slots.
+    """Load a model whose experts are read from disk into ``plan.num_slots`` slots on ``device``; those for a GPU stay
+    in RAM as well, as far as there is room.
 
     Raises:
         ExpertStoreError, ModelFileError, UnsupportedModelError, OutOfMemoryError.
     """
-    store = prepare_store(path, weight_format, on_progress, cancel)
-    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lru"]())
-    decoder = load_decoder(path, weight_format, "cpu", on_share, lambda layer: LayerExperts(cache, layer))
+    target = torch.device(device)
+    store = prepare_store(path, weight_format, on_progress, cancel, device=target)
+    slots = slot_maker(store, target, plan.host)
+    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lru"](), slots=slots)
+    decoder = load_decoder(path, weight_format, target, on_share, lambda layer: LayerExperts(cache, layer))
     # Of all that was measured this is the fastest (assets/results/README.md): the accelerated stream names more of the
     # experts in time, but its row costs more than that saves.
     tiers = ExpertTiers(cache, Prefetcher(cache, NextGate(decoder)), plan)
@@ -133,9 +145,10 @@ def load_with_tiers(
     return decoder, tiers
 
 
-def _layout_facts(layout: BlobLayout) -> dict[str, Any]:
+def layout_facts(layout: BlobLayout, device: torch.device = _CPU) -> dict[str, Any]:
     """What the bytes of a blob depend on besides the weights."""
-    return {"layout": layout.describe(), "int4_block": int4_block()}
+    order = int4_block() if device.type == "cpu" else device.type
+    return {"layout": layout.describe(), "int4_block": order}
 
 
 def _state(source: Path) -> str:

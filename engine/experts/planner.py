@@ -6,30 +6,33 @@ import re
 from dataclasses import dataclass
 
 from engine.errors import InvalidRequestError, OutOfMemoryError
-from engine.hardware import machine_memory
+from engine.hardware import gpu_memory, machine_memory
 from engine.models.config import ModelConfig
 from engine.quantization.base import WeightFormat
 
 # Our choices:
 _PLANNED_CONTEXT = 1024  # tokens; a longer chat takes slots away
 _PROCESS = 400 << 20  # the interpreter, torch, and what a pass needs besides the weights
+CUDA_OWN = 600 << 20  # that CUDA takes of a GPU for itself: contexts, code, graphs
+_CUDA_PASS = 300 << 20  # that a pass takes there besides the weights
 _LEFT_ALONE = 0.15  # of the memory that is free, when nobody says how much to take
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of fast memory by use.
+    """Bytes of fast memory by use: of RAM, or of a GPU's memory.
 
     Attributes:
         budget: for the whole process.
-        process: the interpreter and what computing needs besides.
+        process: what computing needs besides.
         dense: attention, shared experts, routers, embeddings, head.
         context: keys and values.
         expert: one expert in its slot.
         num_slots: experts in memory at the same time.
         num_experts: of the whole model.
         least_slots: what one token needs at once in one layer.
+        host: of RAM, for experts on their way to a GPU.
     """
 
     budget: int
@@ -40,6 +43,7 @@ class MemoryPlan:
     num_slots: int
     num_experts: int
     least_slots: int
+    host: int = 0
 
     @property
     def resident(self) -> bool:
@@ -55,19 +59,24 @@ class MemoryPlan:
         fixed = f"{_gb(self.dense)} for what every token needs, {_gb(self.context)} for the context"
         if self.resident:
             return f"All {self.num_experts} experts stay in memory: {_gb(self.total)} in all, {fixed}."
+        source = f"come from RAM ({_gb(self.host)} of it) and disk" if self.host else "are read from disk"
         return (
             f"{self.num_slots} of {self.num_experts} experts stay in memory ({_gb(self.num_slots * self.expert)}), the "
-            f"others are read from disk when needed: {_gb(self.total)} in all, {fixed}."
+            f"others {source} when needed: {_gb(self.total)} in all, {fixed}."
         )
 
 
 def plan_memory(
-    config: ModelConfig, fmt: WeightFormat, budget: int | None = None, expert_bytes: int | None = None
+    config: ModelConfig,
+    fmt: WeightFormat,
+    budget: int | None = None,
+    expert_bytes: int | None = None,
+    device: str = "cpu",
 ) -> MemoryPlan:
-    """Divide ``budget`` bytes.
+    """Divide ``budget`` bytes of the memory of ``device``.
 
     Args:
-        budget: None: what is free on this machine now, but for a share.
+        budget: None: what is free there now, but for a share.
         expert_bytes: of one expert in its slot, where it is known exactly.
 
     Raises:
@@ -76,12 +85,13 @@ def plan_memory(
     experts = config.experts
     assert experts is not None
     if budget is None:
-        budget = default_budget()
+        budget = default_budget(device=device)
     expert = expert_bytes or int(3 * config.hidden_size * experts.intermediate_size * fmt.bytes_per_weight())
     sparse = sum(config.is_sparse(layer) for layer in range(config.num_layers))
     num_experts = sparse * experts.num_experts
+    process = _PROCESS if device == "cpu" else CUDA_OWN + _CUDA_PASS
     dense, context = _dense_bytes(config, fmt), _context_bytes(config, fmt)
-    fixed = _PROCESS + dense + context
+    fixed = process + dense + context
     num_slots = min(num_experts, max(0, budget - fixed) // expert)
     if num_slots < experts.num_experts_per_tok:
         needed = fixed + experts.num_experts_per_tok * expert
@@ -89,18 +99,22 @@ def plan_memory(
             f"This model needs {_gb(needed)} of memory as {fmt.name}, and there are {_gb(budget)}; close other programs, "
             "give a larger --memory or choose a smaller model."
         )
+    host = 0
+    if device != "cpu" and num_slots < num_experts:
+        host = min(num_experts * expert, max(0, default_budget() - _PROCESS))
     return MemoryPlan(
-        budget, _PROCESS, dense, context, expert, num_slots, num_experts, experts.num_experts_per_tok
+        budget, process, dense, context, expert, num_slots, num_experts, experts.num_experts_per_tok, host
     )
 
 
-def default_budget(released: int = 0) -> int:
+def default_budget(released: int = 0, device: str = "cpu") -> int:
     """Bytes that a process may take when nobody says how many: what is free now, but for a share.
 
     Args:
         released: that will be free as well by the time it takes them.
+        device: whose memory it is.
     """
-    memory = machine_memory()
+    memory = machine_memory() if device == "cpu" else gpu_memory(device)
     return int((memory.total - memory.used + released) * (1 - _LEFT_ALONE))
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.experts.blob import BlobLayout
 from engine.experts.conversion import write_store
+from engine.experts.model import layout_facts
 from engine.experts.store import ExpertStore
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
@@ -24,8 +25,8 @@ from engine.models.feed_forward import ExpertSource, FeedForward, MixtureOfExper
 from engine.progress import Progress
 from engine.quantization import get_format
 from engine.quantization.base import Linear
-from engine.quantization.int4 import Int4Linear
-from engine.quantization.int4_layout import GROUP_SIZE, int4_block
+from engine.quantization.int4 import Int4Linear, packed_like
+from engine.quantization.int4_layout import GROUP_SIZE
 
 # From the config.json files of allenai/OLMoE-1B-7B-0924 and Qwen/Qwen3-30B-A3B.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -50,20 +51,21 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class RandomModel:
-    """A shape with a seed, int4 on the CPU."""
+    """A shape with a seed, int4."""
 
     config: ModelConfig
     seed: int = 0
+    device: torch.device = _CPU
 
     @classmethod
-    def of(cls, shape: str, seed: int = 0, **changes: Any) -> RandomModel:
+    def of(cls, shape: str, seed: int = 0, device: str = "cpu", **changes: Any) -> RandomModel:
         """One of :data:`SHAPES`; ``changes`` override fields of its config.json."""
-        return cls(config_from_hf({**SHAPES[shape], **changes}), seed)
+        return cls(config_from_hf({**SHAPES[shape], **changes}), seed, torch.device(device))
 
     @property
     def layout(self) -> BlobLayout:
         """Of its experts."""
-        return BlobLayout.of(self.config, get_format("int4"))
+        return BlobLayout.of(self.config, get_format("int4"), self.device)
 
     def store(
         self,
@@ -79,9 +81,7 @@ class RandomModel:
         """
         config, layout = self.config, self.layout
         assert config.experts is not None
-        about = {
-            "random": _VERSION, "seed": self.seed, "layout": layout.describe(), "int4_block": int4_block(),
-        }  # fmt: skip
+        about = {"random": _VERSION, "seed": self.seed, **layout_facts(layout, self.device)}
         layers = [layer for layer in range(config.num_layers) if config.is_sparse(layer)]
         write_store(
             file, self._expert, layers, config.experts.num_experts, layout, about, on_progress, cancel
@@ -90,7 +90,7 @@ class RandomModel:
 
     def decoder(self, experts: Callable[[int], ExpertSource]) -> Decoder:
         """The model, its experts from ``experts``."""
-        config = self.config
+        config, device = self.config, self.device
         generator = torch.Generator().manual_seed(self.seed)
         qkv, o, _, _, head = config.matrix_shapes()
         table = torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
@@ -98,29 +98,31 @@ class RandomModel:
             rows.copy_(torch.randn(rows.shape, generator=generator))
 
         def layer(index: int) -> LayerWeights:
-            ones = torch.ones(config.hidden_size)
+            ones = torch.ones(config.hidden_size, device=device)
             norm_sizes = (
                 qkv[0] - 2 * config.num_kv_heads * config.head_dim,
                 config.num_kv_heads * config.head_dim,
             )
             sizes = norm_sizes if config.qk_norm_whole else (config.head_dim, config.head_dim)
-            q_norm, k_norm = (torch.ones(size) for size in sizes) if config.qk_norm else (None, None)
+            q_norm, k_norm = (
+                (torch.ones(size, device=device) for size in sizes) if config.qk_norm else (None, None)
+            )
             return LayerWeights(
-                ones, _random_int4(qkv, generator), _random_int4(o, generator), ones,
+                ones, self._matrix(qkv, generator), self._matrix(o, generator), ones,
                 self._mixture(experts(index), generator), q_norm, k_norm,
             )  # fmt: skip
 
         layers = tuple(layer(index) for index in range(config.num_layers))
-        final = torch.ones(config.hidden_size)
-        weights = DecoderWeights(table, layers, final, _random_int4(head, generator))
-        return Decoder(replace(config), weights, torch.bfloat16, _CPU)
+        final = torch.ones(config.hidden_size, device=device)
+        weights = DecoderWeights(table.to(device), layers, final, self._matrix(head, generator))
+        return Decoder(replace(config), weights, torch.bfloat16, device)
 
     def _mixture(self, source: ExpertSource, generator: torch.Generator) -> MixtureOfExperts:
         experts, hidden = self.config.experts, self.config.hidden_size
         assert experts is not None
         router = torch.randn(experts.num_experts, hidden, generator=generator) / hidden**0.5
         router *= (_SKEW * torch.randn(experts.num_experts, 1, generator=generator)).exp()
-        return MixtureOfExperts(experts, router.bfloat16(), source)
+        return MixtureOfExperts(experts, router.bfloat16().to(self.device), source)
 
     def _expert(self, layer: int, number: int) -> FeedForward:
         assert self.config.experts is not None
@@ -129,20 +131,23 @@ class RandomModel:
             hash((self.seed, layer, number))
         )  # of integers: always the same
         return FeedForward(
-            _random_int4((2 * size, hidden), generator), _random_int4((hidden, size), generator)
+            self._matrix((2 * size, hidden), generator, _CPU), self._matrix((hidden, size), generator, _CPU)
         )
 
-
-def _random_int4(shape: tuple[int, int], generator: torch.Generator) -> Linear:
-    """A matrix of random codes, as large as a trained one's would be; packing real weights would take hours."""
-    rows, columns = shape
-    packed = torch.randint(0, 1 << 62, (rows * columns // 16,), generator=generator).view(torch.uint8)
-    spread = 1 / (4.6 * columns**0.5)  # uniform codes have a deviation of 4.6
-    scales = torch.full((columns // GROUP_SIZE, rows, 2), spread, dtype=torch.bfloat16)
-    scales[..., 1] = spread / 2  # codes have the mean 7.5
-    return Int4Linear(packed.view(rows, columns // 2), scales, columns, rows)
+    def _matrix(
+        self, shape: tuple[int, int], generator: torch.Generator, place: torch.device | None = None
+    ) -> Linear:
+        """Random codes, as many as a trained matrix would have; packing real weights would take hours."""
+        rows, columns = shape
+        packed = torch.randint(0, 1 << 62, (rows * columns // 16,), generator=generator)
+        spread = 1 / (4.6 * columns**0.5)  # uniform codes have a deviation of 4.6
+        scales = torch.full((columns // GROUP_SIZE, rows, 2), spread, dtype=torch.bfloat16)
+        scales[..., 1] = spread / 2  # codes have the mean 7.5
+        like, dtype = packed_like(rows, columns, self.device)
+        place = place or self.device
+        return Int4Linear(packed.view(dtype).view(like).to(place), scales.to(place), columns, rows)
 
 
 def sample(logits: Tensor, generator: torch.Generator) -> int:
     """A token drawn from ``logits [V]``; the most likely ones of a random model soon repeat themselves."""
-    return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
+    return int(torch.multinomial(logits.cpu().softmax(dim=-1), 1, generator=generator))

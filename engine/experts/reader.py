@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from engine.experts.slots import Slot
 from engine.experts.store import ExpertStore, Key
 
 _PIECE = 1 << 18  # bytes
@@ -29,7 +30,7 @@ class Load:
     """
 
     key: Key
-    target: memoryview
+    slot: Slot
     urgency: int
     done: int = 0
     cancelled: bool = False
@@ -67,6 +68,7 @@ class Reader:
     Args:
         on_done: called on an I/O thread with each load that has ended, and the error if it failed.
         link: None: as fast as the store is.
+        keeps_pieces: see :attr:`engine.experts.slots.SlotMaker.keeps_pieces`.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Reader:
         on_done: Callable[[Load, Exception | None], None],
         num_threads: int = 2,
         link: Link | None = None,
+        keeps_pieces: bool = True,
     ) -> None:
         self._store, self._on_done, self._link = store, on_done, link
+        self._keeps_pieces = keeps_pieces
         self._waiting: list[tuple[int, int, Load]] = []
         self._count = 0
         self._wake = threading.Condition()
@@ -161,15 +165,17 @@ class Reader:
             self._on_done(load, error)
 
     def _carry(self, load: Load) -> bool:
-        """Read the rest of a load; False if it was put back."""
-        size = len(load.target)
-        while load.done < size:
+        """Bring the rest of a load into its slot; False if it was put back."""
+        target, filled = load.slot.buffer(load.key)
+        size = len(target)
+        while not filled and load.done < size:
             end = min(load.done + _PIECE, size)
-            self._store.read(load.key, load.target, load.done, end)
+            self._store.read(load.key, target, load.done, end)
             if self._link is not None:
                 self._link.carry(end - load.done, load.done == 0)
             load.done = end
-            if load.done < size and (self._closed or self._give_way(load)):
+            if load.done < size and self._keeps_pieces and (self._closed or self._give_way(load)):
                 return False
-        self._store.check(load.key, load.target)
+        self._store.check(load.key, target)
+        load.slot.settle(load.key)
         return True

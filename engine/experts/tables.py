@@ -33,14 +33,18 @@ def experts_table(report: Mapping[str, Any]) -> str:
 
 
 def scale_table(report: Sequence[Mapping[str, Any]]) -> str:
-    """A report of :mod:`engine.experts.scale`: a row for each shape."""
+    """A report of :mod:`engine.experts.scale`: a row for each shape, or each lane of one."""
     lines = [
-        "| shape | budget | plan | peak memory | in memory | tok/s | MB/token | hits | precision | recall | stalls |",
-        "|" + " --- |" * 11,
+        "| shape | machine | lane | budget | plan | peak memory | in memory | tok/s | MB/token | hits | precision | recall | "
+        "stalls |",
+        "|" + " --- |" * 13,
     ]
     for row in report:
         cells = [
-            row["shape"], *(f"{row[key] / 1e9:.2f} GB" for key in ("budget", "plan", "peak_memory")),
+            row["shape"], row["machine"], row["lane"],
+            *(f"{row[key] / 1e9:.2f} GB" for key in ("budget", "plan")),
+            # of lanes that ran in turns, each had slots of its own
+            f"{row['peak_memory'] / 1e9:.2f} GB" if row["lanes_in_peak"] == 1 else "-",
             f"{row['num_slots']} of {row['num_experts']}",
             f"{row['tokens_per_second']:.2f}", f"{row['bytes_per_token'] / 1e6:.0f}",
             *(_percent(row[key]) for key in _SHARES[:-1]),

@@ -39,7 +39,13 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     kv_heads, slots = k.shape[1], k.shape[2]
     group = q_heads // kv_heads
     scale = head_dim**-0.5
-    if rows >= PREFILL_ROWS or q.device.type != "cpu":
+    if rows < PREFILL_ROWS and q.device.type != "cpu":
+        # The query heads of one KV head, of all rows, are the rows of one problem: no key is copied.
+        grouped = q.view(batch, rows, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        mask = visible[:, None, :, None].expand(-1, kv_heads, -1, group, -1).flatten(2, 3)
+        out = torch.nn.functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        return out.unflatten(2, (rows, group)).permute(0, 2, 1, 3, 4).reshape(batch, rows, -1)
+    if rows >= PREFILL_ROWS:
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2), k, v, attn_mask=visible[:, None], scale=scale, enable_gqa=group > 1
         )

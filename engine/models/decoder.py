@@ -61,6 +61,25 @@ class DecoderWeights:
     lm_head: Linear  # [V, D]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a call are, and what they see.
+
+    Attributes:
+        positions: ``[B, T]``.
+        cos, sin: of the rotary embedding there.
+        num_slots: how many slots of the cache attention looks at.
+        start: see :meth:`Decoder.run_layers`.
+    """
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    cache: KVCache
+    num_slots: int
+    start: int | None = None
+
+
 class Decoder:
     """A decoder-only transformer of the llama lineage.
 
@@ -108,6 +127,7 @@ class Decoder:
         first: int,
         last: int,
         start: int | None = None,
+        num_slots: int | None = None,
     ) -> Tensor:
         """Layers ``first .. last - 1`` on ``hidden [B, T, D]`` at ``positions [B, T]``.
 
@@ -115,12 +135,17 @@ class Decoder:
         the slots up to its own position. ``cache.length`` is left alone: the caller decides what counts.
         A prefill of one sequence from position ``start`` on says so, and gets attention that does not
         depend on how the prompt is cut into chunks.
+
+        Args:
+            num_slots: how many slots of the cache attention looks at; None: as far as ``positions`` reach, which to
+                find out waits for a GPU.
         """
-        num_slots = min(cache.capacity, -(-(int(positions.max()) + 1) // 16) * 16)
-        self.rope.ensure(num_slots)
-        cos, sin = self.rope.rows(positions)
+        if num_slots is None:
+            num_slots = min(cache.capacity, -(-(int(positions.max()) + 1) // 16) * 16)
+            self.rope.ensure(num_slots)
+        place = Place(positions, *self.rope.rows(positions), cache, num_slots, start)
         for index in range(first, last):
-            hidden = self._layer(index, hidden, positions, cos, sin, cache, num_slots, start)
+            hidden = self._layer(index, hidden, place)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -156,22 +181,28 @@ class Decoder:
         assert hidden is not None
         return hidden[0, -1:]
 
-    def _layer(
-        self, index: int, hidden: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: KVCache,
-        slots: int, start: int | None,
-    ) -> Tensor:  # fmt: skip
-        layer, config = self.layers[index], self.config
-        q, k, v = self.project_qkv(index, rms_norm(hidden, layer.attn_norm, config.norm_eps), cos, sin)
-        write_cache(cache, index, positions, k, v)
-        keys, values, window = cache.keys[index], cache.values[index], config.sliding_window(index)
-        if start is None:
-            mixed = attend(q, keys[:, :, :slots], values[:, :, :slots], positions, window)
-        else:
-            mixed = attend_prefill(q, keys, values, start, window)
-        hidden = hidden + layer.o(mixed)
+    def _layer(self, index: int, hidden: Tensor, place: Place) -> Tensor:
+        hidden = self.attend(index, hidden, place)
         if self.watch is not None:
             self.watch(index, hidden)
-        return hidden + layer.ffn(rms_norm(hidden, layer.mlp_norm, config.norm_eps))
+        return hidden + self.layers[index].ffn(self.normed(index, hidden))
+
+    def attend(self, index: int, hidden: Tensor, place: Place) -> Tensor:
+        """Layer ``index`` up to its feed-forward part, ``[B, T, D] -> [B, T, D]``."""
+        layer, config, cache, slots = self.layers[index], self.config, place.cache, place.num_slots
+        x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
+        q, k, v = self.project_qkv(index, x, place.cos, place.sin)
+        write_cache(cache, index, place.positions, k, v)
+        keys, values, window = cache.keys[index], cache.values[index], config.sliding_window(index)
+        if place.start is None:
+            mixed = attend(q, keys[:, :, :slots], values[:, :, :slots], place.positions, window)
+        else:
+            mixed = attend_prefill(q, keys, values, place.start, window)
+        return hidden + layer.o(mixed)
+
+    def normed(self, index: int, hidden: Tensor) -> Tensor:
+        """What the feed-forward part of layer ``index`` is given, from the state before it."""
+        return rms_norm(hidden, self.layers[index].mlp_norm, self.config.norm_eps)
 
     def project_qkv(self, index: int, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed ``x [B, T, D]`` -> rotated q ``[B, T, Hq, hd]``, rotated k and plain v ``[B, T, Hkv, hd]``."""

@@ -125,15 +125,21 @@ class MixtureOfExperts:
                 for number, expert in group:
                     row, place = torch.where(chosen == number)
                     parts[row, place] = expert(rows[row])
+        if rows.is_cuda:  # one launch, in whatever order it sums
+            out = torch.bmm(weights[:, None], parts)[:, 0]
+            return out if self.shared is None else out + self._shared(rows)
         out = torch.zeros_like(rows)
         for rank in range(chosen.shape[1]):
             out += parts[:, rank] * weights[:, rank, None]
-        if self.shared is not None:
-            shared = self.shared(rows)
-            if self.shared_gate is not None:
-                shared = F.sigmoid(_each_row(rows, self.shared_gate)) * shared
-            out = out + shared
-        return out
+        return out if self.shared is None else out + self._shared(rows)
+
+    def _shared(self, rows: Tensor) -> Tensor:
+        """What the shared expert makes of ``rows``, gated where it has a gate."""
+        assert self.shared is not None
+        shared = self.shared(rows)
+        if self.shared_gate is not None:
+            shared = F.sigmoid(_each_row(rows, self.shared_gate)) * shared
+        return shared
 
     def route(self, rows: Tensor) -> Route:
         """``[T, D]`` -> the weights (in the dtype of ``rows``) and numbers of the experts, each ``[T, k]``."""

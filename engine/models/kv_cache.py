@@ -68,11 +68,14 @@ class KVCache:
                 f"There is not enough memory for a context of {capacity} tokens; "
                 "start a new chat or close other programs."
             ) from error
-        keys, values = fresh[: config.num_layers], fresh[config.num_layers :]
+        self.move(fresh[: config.num_layers], fresh[config.num_layers :])
+
+    def move(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Go on in other tensors, at least as large; what is there is copied."""
         for new, old in zip((*keys, *values), (*self.keys, *self.values), strict=False):
             new[:, :, : self.capacity] = old
         self.keys, self.values = keys, values
-        self.capacity = capacity
+        self.capacity = keys[0].shape[2]
         self.generation += 1
 
 

@@ -63,5 +63,8 @@ class TorchStepper:
 def make_stepper(decoder: Decoder) -> Stepper:
     """The fastest stepper for this decoder on this machine."""
     from engine.kernels import fused_stepper
+    from engine.models.graph_stepper import GraphStepper
 
+    if decoder.device.type == "cuda" and type(decoder) is Decoder:  # a variant's loop is its own
+        return GraphStepper(decoder)
     return fused_stepper(decoder) or TorchStepper(decoder)

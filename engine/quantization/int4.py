@@ -187,6 +187,16 @@ class Int4Format:
         return 0.5 + 4 / GROUP_SIZE
 
 
+def packed_like(
+    out_features: int, in_features: int, device: torch.device
+) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the packed codes of a matrix on ``device``."""
+    if device.type == "cpu":
+        return (out_features, in_features // 2), torch.uint8
+    tiles = _inner_k_tiles(in_features)
+    return (out_features // 8, in_features // (16 * tiles), 32, tiles // 2), torch.int32
+
+
 def _inner_k_tiles(in_features: int) -> int:
     """tinygemm's blocking parameter on CUDA: tiles of 16 inputs, joined as far as they divide the inputs."""
     return next(tiles for tiles in (8, 4, 2) if in_features % (16 * tiles) == 0)

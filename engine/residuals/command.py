@@ -27,12 +27,19 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--rank", type=int, default=64, help="of the adapters")
     tune.add_argument("--no-condition", action="store_true", help="drafts do not see the last final state")
     tune.add_argument("--draft-vocab", type=int, default=16384, help="how many tokens can be drafted")
+    tune.add_argument(
+        "--from", dest="start", default=None, metavar="FILE.safetensors",
+        help="train this accelerator on, instead of a new one; its shape counts",
+    )  # fmt: skip
     tune.add_argument("--tokens", type=int, default=300_000, help="that the model writes to train on")
     tune.add_argument("--max-tokens", type=int, default=256, help="of one answer")
     tune.add_argument("--held-out", type=int, default=64, help="prompts to measure with")
     tune.add_argument("--steps", type=int, default=1000, help="of the optimiser")
     tune.add_argument("--batch-tokens", type=int, default=None, help="tokens per step, padding included")
     tune.add_argument("--learning-rate", type=float, default=None)
+    tune.add_argument(
+        "--passes", type=int, default=3, help="drafts behind one another that it is trained for"
+    )
     tune.add_argument("--seed", type=int, default=0)
     tune.add_argument(
         "--disk-budget", default="2G", metavar="SIZE", help="for kept states: 500M, 2G; 0: none"
@@ -101,7 +108,7 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
     from engine.residuals.tuning import TuneRequest, default_training
     from engine.residuals.tuning_data import DataConfig
 
-    for name in ("max_tokens", "held_out", "batch_tokens", "threads"):
+    for name in ("max_tokens", "held_out", "batch_tokens", "passes", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InvalidRequestError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
@@ -111,6 +118,7 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
     training = replace(
         training,
         seed=arguments.seed,
+        num_passes=arguments.passes,
         tokens_per_batch=arguments.batch_tokens or training.tokens_per_batch,
         learning_rate=arguments.learning_rate or training.learning_rate,
     )
@@ -121,6 +129,7 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
             arguments.depth, arguments.rank, not arguments.no_condition, arguments.draft_vocab
         ),
         training=training,
+        start=Path(arguments.start) if arguments.start else None,
         data=DataConfig(
             num_tokens=arguments.tokens,
             max_new_tokens=arguments.max_tokens,

@@ -79,29 +79,78 @@ def generate_continuations(
         rows = slice(begin, begin + _PREFILL_ROWS)
         _prefill(decoder, cache, rows, tokens[rows, :longest])
 
-    positions = lengths - 1
-    current = tokens.gather(1, positions[:, None])
     heat = torch.tensor(temperatures, device=device, dtype=torch.float32)[:, None]
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
     stop_ids = torch.tensor(list(eos_ids), device=device)
-    slots = torch.arange(cache.capacity, device=device)
+    running, ends = _Running(decoder, cache, tokens, lengths, heat, stop_ids), lengths.clone()
+    leg = _CUDA_LEG if device.type == "cuda" else _LEG
+    for done in range(0, max_new_tokens, leg):
+        steps = min(leg, max_new_tokens - done)
+        running.advance(steps, longest + done + steps)
+        running.leave(tokens, ends)
+        if not running.num_rows or (on_step is not None and on_step(done + steps)):
+            break
+    running.leave(tokens, ends, all_of_them=True)
+    return Sequences(tokens.int().cpu(), lengths.int().cpu(), ends.int().cpu())
 
-    def step() -> None:
-        logits = _decode_rows(decoder, cache, current, positions, slots)
+
+# Steps between two times that finished rows leave; on a GPU a graph is captured anew each time.
+_LEG, _CUDA_LEG = 16, 64
+
+
+class _Running:
+    """The rows that still write, and what one step does to them."""
+
+    def __init__(
+        self, decoder: Decoder, cache: KVCache, tokens: Tensor, lengths: Tensor, heat: Tensor, stop_ids: Tensor
+    ) -> None:  # fmt: skip
+        self._decoder, self._cache, self._stop_ids = decoder, cache, stop_ids
+        self._numbers = torch.arange(len(tokens), device=tokens.device)  # which rows they are
+        self._tokens, self._heat, self._positions = tokens.clone(), heat, lengths - 1
+        self._current = tokens.gather(1, self._positions[:, None])
+        self._alive = torch.ones_like(lengths, dtype=torch.bool)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._numbers)
+
+    def advance(self, steps: int, reach: int) -> None:
+        """Write up to ``steps`` tokens in each row, none of them at position ``reach`` or beyond."""
+        num_slots = min(self._cache.capacity, -(-reach // 64) * 64)
+        slots = torch.arange(num_slots, device=self._tokens.device)
+        state = self._positions, self._current, self._tokens, self._alive
+
+        def step() -> None:
+            self._step(slots)
+
+        run = _as_graph(step, state) if self._tokens.is_cuda else step
+        for _ in range(steps):
+            run()
+
+    def leave(self, tokens: Tensor, ends: Tensor, all_of_them: bool = False) -> None:
+        """Finished rows go to their places in ``tokens`` and ``ends``, once they are a quarter of all or more."""
+        finished = torch.ones_like(self._alive) if all_of_them else ~self._alive
+        count = int(finished.sum())
+        if not all_of_them and 4 * count < self.num_rows:
+            return
+        gone = self._numbers[finished]
+        tokens[gone], ends[gone] = self._tokens[finished], self._positions[finished] + 1
+        kept = (~finished).nonzero()[:, 0]
+        for name in ("_numbers", "_tokens", "_heat", "_positions", "_current", "_alive"):
+            setattr(self, name, getattr(self, name)[kept])
+        for parts in (self._cache.keys, self._cache.values):
+            for index, part in enumerate(parts):  # one after the other, or both would have to fit
+                parts[index] = part[kept]
+
+    def _step(self, slots: Tensor) -> None:
+        positions, alive, heat = self._positions, self._alive, self._heat
+        logits = _decode_rows(self._decoder, self._cache, self._current, positions, slots)
         noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-20, 1 - 1e-7)))
         chosen = torch.where(heat > 0, logits / heat.clamp(min=1e-4) + noise, logits).argmax(-1, keepdim=True)
         positions.add_(alive.long())
-        kept = torch.where(alive[:, None], chosen, current)
-        current.copy_(kept)
-        tokens.scatter_(1, positions[:, None], kept)
-        alive.logical_and_(~torch.isin(kept[:, 0], stop_ids))
-
-    run = _as_graph(step, (positions, current, tokens, alive)) if device.type == "cuda" else step
-    for count in range(max_new_tokens):
-        run()
-        if count % 16 == 15 and (not bool(alive.any()) or (on_step is not None and on_step(count + 1))):
-            break
-    return Sequences(tokens.int().cpu(), lengths.int().cpu(), (positions + 1).int().cpu())
+        kept = torch.where(alive[:, None], chosen, self._current)
+        self._current.copy_(kept)
+        self._tokens.scatter_(1, positions[:, None], kept)
+        alive.logical_and_(~torch.isin(kept[:, 0], self._stop_ids))
 
 
 _PREFILL_ROWS = 64
@@ -140,9 +189,8 @@ def _decode_rows(
         # The query heads of one KV head are the rows of one attention problem: no head is repeated.
         grouped = q.view(q.shape[0], config.num_kv_heads, config.group_size, config.head_dim)
         mask = visible.expand(-1, config.num_kv_heads, config.group_size, -1)
-        mixed = F.scaled_dot_product_attention(
-            grouped, cache.keys[index], cache.values[index], attn_mask=mask
-        )
+        keys, values = (part[index][:, :, : len(slots)] for part in (cache.keys, cache.values))
+        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
         hidden = hidden + layer.o(mixed.reshape(q.shape[0], 1, -1))
         x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
         hidden = hidden + decoder.layers[index].ffn(x)

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.models.attention import attend
 from engine.models.decoder import Decoder, rms_norm, write_cache
 from engine.models.feed_forward import MixtureOfExperts
+from engine.models.graph_stepper import GraphStepper
 from engine.models.kv_cache import KVCache
 from engine.models.stepper import Stepper, TorchStepper
 from engine.quantization.base import Linear
@@ -74,12 +75,30 @@ class TorchDrafter:
         return unit_rms(final, self.decoder.config.norm_eps)
 
     def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
-        decoder, accelerator = self.decoder, self.accelerator
         cache.ensure(position + 1)
         slots = min(cache.capacity, -(-(position + 1) // 16) * 16)
-        decoder.rope.ensure(slots)
-        here = torch.tensor([[position]], device=decoder.device)
-        embedded = decoder.embed(torch.tensor([[token]]))[0]  # [1, D]
+        self.decoder.rope.ensure(slots)
+        here = torch.tensor([[position]], device=self.decoder.device)
+        return self._drafted(*self.compute(self.embed(token), condition, here, cache, slots))
+
+    def embed(self, token: int) -> Tensor:
+        """``[1, D]``."""
+        return self.decoder.embed(torch.tensor([[token]]))[0]
+
+    def compute(
+        self, embedded: Tensor, condition: Tensor, here: Tensor, cache: KVCache, slots: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One draft step without waiting for it.
+
+        Args:
+            here: the position, ``[1, 1]``.
+            slots: of the cache that attention looks at.
+
+        Returns:
+            The place of the drafted token in the draft vocabulary and its probability, float32 ``[2]``; the slow state
+            ``[1, D]``; the exit state ``[D]``.
+        """
+        decoder, accelerator = self.decoder, self.accelerator
         rows = torch.cat((embedded, accelerator.begin(embedded, condition)))[None]  # [1, 2, D]
         for index in range(self.depth):
             rows = self._layer(index, rows, here, cache, slots)
@@ -87,8 +106,12 @@ class TorchDrafter:
         gain = decoder.weights.final_norm.to(exit_state.dtype)
         logits = self._head((exit_state * gain)[None])[0].float()
         best = logits.max(dim=-1)
-        confidence = float((best.values - logits.logsumexp(-1)).exp())
-        return Draft(self._vocab[int(best.indices)], confidence, rows[0, :1], exit_state)
+        confidence = (best.values - logits.logsumexp(-1)).exp()
+        return torch.stack((best.indices.float(), confidence)), rows[0, :1], exit_state
+
+    def _drafted(self, best: Tensor, slow_state: Tensor, exit_state: Tensor) -> Draft:
+        place, confidence = best.tolist()
+        return Draft(self._vocab[int(place)], confidence, slow_state, exit_state)
 
     def _layer(self, index: int, rows: Tensor, here: Tensor, cache: KVCache, slots: int) -> Tensor:
         decoder, config = self.decoder, self.decoder.config
@@ -120,6 +143,27 @@ class TorchDrafter:
         return rows + out
 
 
+class GraphDrafter(TorchDrafter):
+    """The same, captured as a CUDA graph. For a :class:`engine.models.graph_stepper.GraphStepper`."""
+
+    def __init__(self, stepper: GraphStepper, accelerator: Accelerator) -> None:
+        super().__init__(stepper, accelerator)
+        self._graphs = stepper
+
+    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
+        cache.ensure(position + 1)
+        slots = self._graphs.num_slots(cache, position + 1)
+
+        def compute(
+            own: KVCache, embedded: Tensor, condition: Tensor, position: Tensor
+        ) -> tuple[Tensor, ...]:
+            return self.compute(embedded, condition, position.view(1, 1), own, slots)
+
+        inputs = self.embed(token), condition, position
+        best, slow_state, exit_state = self._graphs.run(cache, ("draft", id(self), slots), compute, *inputs)
+        return self._drafted(best, slow_state.clone(), exit_state.clone())
+
+
 def whole_blocks(draft_vocab: Tensor) -> Tensor:
     """The draft vocabulary ``[Vd]``, its last token repeated up to a multiple of 64: packed formats want that.
     The first of equal logits wins, so the copies are never drafted."""
@@ -142,7 +186,10 @@ def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
 
 def make_drafter(stepper: Stepper, accelerator: Accelerator) -> Drafter:
     """The drafter for this stepper; its slow rows have the stepper's own bits."""
-    if isinstance(stepper, TorchStepper):
+    config, depth = stepper.decoder.config, accelerator.config.depth
+    if isinstance(stepper, GraphStepper) and not any(config.is_sparse(index) for index in range(depth)):
+        return GraphDrafter(stepper, accelerator)
+    if isinstance(stepper, (TorchStepper, GraphStepper)):
         return TorchDrafter(stepper, accelerator)
     from engine.kernels.drafter import FusedDrafter  # loads the compiler
     from engine.kernels.stepper import FusedStepper

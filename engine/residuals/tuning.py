@@ -58,6 +58,7 @@ class TuneRequest:
         source: as :func:`engine.hub.resolve` takes it.
         prompts: a JSON Lines file; None: the prompts shipped for training.
         training: None: what suits the device.
+        start: an accelerator of this model that is trained on, whose shape then counts; None: a new one.
         steps: of the optimiser.
         disk_budget: bytes for the final states; what they do not hold is computed again at each step.
         out: the adapter's ``.safetensors``; None: among those that the chat looks for.
@@ -67,6 +68,7 @@ class TuneRequest:
     prompts: Path | None = None
     accelerator: AcceleratorConfig = field(default_factory=AcceleratorConfig)
     training: TrainingConfig | None = None
+    start: Path | None = None
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 1000
     disk_budget: int = 2 << 30
@@ -240,19 +242,24 @@ class Run:
 
     def __post_init__(self) -> None:
         request, decoder, corpus = self.request, self.prepared.decoder, self.prepared.corpus
-        settings = (
+        settings: tuple[object, ...] = (
             self.prepared.folder, request.data.num_tokens, request.data.num_held_out, request.accelerator,
             self.prepared.training, request.steps, request.disk_budget, self.runner.workers.count,
             self.objective_type.__name__,
         )  # fmt: skip
+        if request.start is not None:
+            settings = (*settings, hashlib.sha256(request.start.read_bytes()).hexdigest())
         self.name = "run-" + hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         self.store = Store(self.work_dir / self.name)
         self.config = self.prepared.training
-        with torch.random.fork_rng():
-            torch.manual_seed(self.config.seed)
-            self.accelerator = Accelerator(request.accelerator, decoder.config)
-        size = len(self.accelerator.draft_vocab)
-        self.accelerator.draft_vocab = most_frequent(corpus.sequences, size, decoder.config.vocab_size)
+        if request.start is not None:
+            self.accelerator = load_accelerator(request.start, decoder).requires_grad_(True)
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.config.seed)
+                self.accelerator = Accelerator(request.accelerator, decoder.config)
+            size = len(self.accelerator.draft_vocab)
+            self.accelerator.draft_vocab = most_frequent(corpus.sequences, size, decoder.config.vocab_size)
         self.accelerator.to(decoder.device)
         self.objective = self.objective_type(decoder, self.accelerator, self.config)
         self._order = BatchOrder(
@@ -269,7 +276,9 @@ class Run:
         return re.sub(r"[^a-z0-9.]+", "-", self.prepared.name.lower().removesuffix(".gguf")).strip("-.")
 
     def initialise(self) -> None:
-        """The exit in closed form, and how often it already drafts right."""
+        """The exit in closed form, unless training goes on from an accelerator that has one."""
+        if self.request.start is not None:
+            return
         fit = ExitFit(self.accelerator, self.prepared.decoder)
 
         def step(index: int) -> str:
@@ -343,6 +352,7 @@ class Run:
     def describe(self, seconds: float) -> dict[str, Any]:
         """The card's word on the training."""
         request = self.request
+        earlier = None if request.start is None else read_card(request.start)["training"]
         return {
             "run": self.name,
             "device": self.prepared.decoder.device.type,
@@ -353,6 +363,7 @@ class Run:
             "steps": request.steps,
             "seconds": round(seconds, 1),  # since the last start
             "settings": {**asdict(request.data), **asdict(self.config)},
+            **({} if earlier is None else {"went_on_from": earlier}),
         }
 
     def _batch(self, index: int) -> Batch:

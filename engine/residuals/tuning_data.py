@@ -41,7 +41,8 @@ STATE_BYTES = 2  # bfloat16
 # Work of one shard on a CPU: 20 s at 60 GFLOP/s, so that a killed run loses less than a minute even on a
 # machine of a third of that speed.
 _SHARD_FLOPS = 1.2e12
-_CUDA_ROWS = 512
+# Of a GPU's memory for the keys and values of one shard: many rows at once, as their weights are read once for all.
+_CUDA_SHARE, _MAX_CUDA_ROWS = 0.3, 2048
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,15 @@ class DataStages:
         self._decoder, self._eos_ids, self._prompts = decoder, eos_ids, prompts
         self._config, self._store, self._runner = config, store, runner
         self._max_new = min(config.max_new_tokens, context_limit(decoder) // 2 - 16)
-        self._rows = _CUDA_ROWS
         if decoder.device.type == "cpu":
             per_row = 2 * num_weights(decoder) * self._max_new
             self._rows = max(4, min(64, int(_SHARD_FLOPS / per_row)))
+        else:
+            model = decoder.config
+            per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * decoder.dtype.itemsize
+            memory = torch.cuda.get_device_properties(decoder.device).total_memory * _CUDA_SHARE
+            fitting = int(memory / (per_token * (config.max_prompt_tokens + self._max_new)))
+            self._rows = max(16, min(_MAX_CUDA_ROWS, fitting))
         # Made here, outside of inference mode: training differentiates through what depends on it.
         decoder.rope.ensure(context_limit(decoder))
 

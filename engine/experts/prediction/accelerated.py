@@ -14,9 +14,8 @@ from torch import Tensor
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.store import Key
 from engine.models.attention import attend
-from engine.models.decoder import Decoder, rms_norm, write_cache
+from engine.models.decoder import Decoder, Place, rms_norm, write_cache
 from engine.models.feed_forward import MixtureOfExperts
-from engine.models.kv_cache import KVCache
 from engine.residuals.expert_stream import ExpertStream
 
 MOST_ROWS = 16  # more want nearly all experts anyway, and so does a prompt
@@ -35,22 +34,19 @@ class StreamedDecoder(Decoder):
         self.stream = stream.to(decoder.device, decoder.dtype).requires_grad_(False)
         self.state: Tensor | None = None
 
-    def _layer(
-        self, index: int, hidden: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, cache: KVCache,
-        slots: int, start: int | None,
-    ) -> Tensor:  # fmt: skip
+    def _layer(self, index: int, hidden: Tensor, place: Place) -> Tensor:
         stream, num_rows = self.stream, hidden.shape[1]
         if stream.restarts(index):
-            self.state = hidden if start is None and num_rows <= MOST_ROWS else None
+            self.state = hidden if place.start is None and num_rows <= MOST_ROWS else None
         if self.state is None or self.state.shape != hidden.shape or index < stream.first:
             self.state = None  # a range that began between two restarts
-            return super()._layer(index, hidden, positions, cos, sin, cache, slots, start)
+            return super()._layer(index, hidden, place)
         layer, adapters, config = self.layers[index], stream.adapters(index), self.config
         both = torch.cat((hidden, self.state), dim=1)
         x = rms_norm(both, layer.attn_norm, config.norm_eps)
-        twice = positions.repeat(1, 2)
+        cache, slots, twice = place.cache, place.num_slots, place.positions.repeat(1, 2)
         q, k, v = self.project_qkv(index, x, *self.rope.rows(twice))
-        write_cache(cache, index, positions, k[:, :num_rows], v[:, :num_rows])
+        write_cache(cache, index, place.positions, k[:, :num_rows], v[:, :num_rows])
         keys, values = cache.keys[index][:, :, :slots], cache.values[index][:, :, :slots]
         out = layer.o(attend(q, keys, values, twice, config.sliding_window(index)))
         out[:, num_rows:] += adapters.attention(x[:, num_rows:])
