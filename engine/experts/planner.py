@@ -13,8 +13,10 @@ from engine.quantization.base import WeightFormat
 # Our choices:
 _PLANNED_CONTEXT = 1024  # tokens; a longer chat takes slots away
 _PROCESS = 400 << 20  # the interpreter, torch, and what a pass needs besides the weights
-CUDA_OWN = 600 << 20  # that CUDA takes of a GPU for itself: contexts, code, graphs
-_CUDA_PASS = 300 << 20  # that a pass takes there besides the weights
+CUDA_OWN = (
+    900 << 20
+)  # that CUDA takes of a GPU for itself: its context and code, and graphs; measured with an H200
+_CUDA_PASS = 500 << 20  # that a pass takes there besides the weights
 _LEFT_ALONE = 0.15  # of the memory that is free, when nobody says how much to take
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 

@@ -6,6 +6,7 @@ while the stream that computes goes on.
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import Protocol
 
@@ -17,7 +18,8 @@ from engine.experts.store import ExpertStore, Key, view_bytes
 from engine.models.cuda_graph import GraphedFeedForward
 from engine.models.feed_forward import FeedForward
 
-_SLAB = 64 << 20  # bytes of GPU memory taken at once: torch rounds small requests up by much
+_SLAB = 64 << 20  # bytes of memory taken at once: torch rounds small requests up by much
+_log = logging.getLogger(__name__)
 
 
 class Slot(Protocol):
@@ -146,13 +148,12 @@ class PinnedExperts:
     def place(self, key: Key) -> tuple[Tensor, bool]:
         """Pinned bytes for ``key`` on this thread, uint8, and whether they hold it already."""
         with self._lock:
-            if key not in self._blobs and self._left > 0:
-                self._left -= 1
-                self._blobs[key] = self._take()
+            if key not in self._blobs and (blob := self._take()) is not None:
+                self._blobs[key] = blob
             if key in self._blobs:
                 return self._blobs[key], key in self._whole
         if not hasattr(self._own, "blob"):
-            self._own.blob = _pinned(self._size)
+            self._own.blob = torch.empty(self._size, dtype=torch.uint8, pin_memory=True)
         return self._own.blob, False
 
     def filled(self, key: Key) -> None:
@@ -160,15 +161,19 @@ class PinnedExperts:
         if key in self._blobs:
             self._whole.add(key)
 
-    def _take(self) -> Tensor:
-        if not self._slab:
-            count = min(max(1, _SLAB // self._size), self._left + 1)
-            self._slab = list(_pinned(count * self._size).split(self._size))
-        return self._slab.pop()
-
-
-def _pinned(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8, pin_memory=True)
+    def _take(self) -> Tensor | None:
+        """Room for one more; None: there is none left."""
+        if not self._slab and self._left > 0:
+            count = min(max(1, _SLAB // self._size), self._left)
+            try:
+                slab = torch.empty(count * self._size, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:  # the system gives no more of it
+                _log.warning("%d experts fewer stay in RAM: %s", self._left, error)
+                self._left = 0
+                return None
+            self._left -= count
+            self._slab = list(slab.split(self._size))
+        return self._slab.pop() if self._slab else None
 
 
 def slot_maker(store: ExpertStore, device: torch.device, host_bytes: int = 0) -> SlotMaker:

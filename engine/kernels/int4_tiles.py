@@ -19,6 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.intrinsics import (
+    AHEAD,
     F32,
     I8,
     I16,
@@ -43,7 +44,6 @@ GROUP = 32  # inputs per scale, of weights and of activations
 # What is kept of a row's group beside its 32 int8 inputs: step (float), sum(q) (float), -8 * sum(q) (int32).
 GROUP_BYTES = 16
 _SCALE_AHEAD = 4  # groups by which scales are prefetched: their lines are far apart
-_CODES_AHEAD, _CACHE_LINE = 1024, 64  # bytes
 _BYTES, _WORDS = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
 _TWICE = ir.VectorType(
     I32, LANES // 2
@@ -110,13 +110,12 @@ def _int4_tile(rows: int, block: int) -> Any:
                     builder.trunc(load(builder, offset(builder, own[r], 8), I32), I16) for r in range(rows)
                 ]
                 base = offset(builder, codes, builder.mul(group, I64(GROUP * block // 2)))
-                for line in range(0, GROUP * block // 2, _CACHE_LINE):
-                    prefetch(builder, offset(builder, base, _CODES_AHEAD + line))
                 for cell in grid:
                     builder.store(_splat(builder, start[cell[0]]), total[cell])
                 inputs = [offset(builder, row_x[r], builder.mul(group, I64(2 * GROUP))) for r in range(rows)]
                 with cgutils.for_range(builder, I64(GROUP // 2), intp=I64) as inner:
                     line = offset(builder, base, builder.mul(inner.index, I64(block)))
+                    prefetch(builder, offset(builder, line, AHEAD))
                     pair = builder.mul(inner.index, I64(4))
                     twice = [load(builder, offset(builder, inputs[r], pair), I32) for r in range(rows)]
                     signed = [builder.bitcast(_splat(builder, t, _TWICE), _BYTES) for t in twice]

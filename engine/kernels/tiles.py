@@ -13,12 +13,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.intrinsics import (
+    AHEAD,
     I64,
     LANES,
     VF32,
     constant,
     fma,
     offset,
+    prefetch,
     reduce_tree,
     store,
     widen,
@@ -43,6 +45,8 @@ def _dot_tile(rows: int) -> Any:
                 builder.store(constant(0.0), total)
             row_x = [offset(builder, left, builder.mul(left_step, I64(4 * r))) for r in range(rows)]
             with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (k, _):
+                place = builder.mul(k, I64(signature.args[0].bitwidth // 8))
+                prefetch(builder, offset(builder, base, place, AHEAD))
                 weight = widen(builder, base, signature.args[0], k)
                 for r, total in enumerate(result):
                     value = widen(builder, row_x[r], types.float32, k)
