@@ -284,7 +284,7 @@ class ChatPage:
         if state.stage == "ready" and session is not None:
             names = session.methods()
             picked = methods.pick(names, self._preferences.value.method)
-            method = gr.Radio(choices=methods.choices(names), value=picked, visible=len(names) > 1)
+            method = gr.Radio(choices=methods.switch(names, picked), value=picked, visible=len(names) > 1)
             weights = [gr.Dropdown(**format_choice(self._host))] if self._private else []
             experts = self._experts.shown(_owner(request))
             return (

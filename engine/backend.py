@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 from engine.decoding import method_factories
 from engine.decoding.base import Backend, DecodingMethod
+from engine.decoding.context import ContextDrafter
+from engine.decoding.lookup import Lookup
 from engine.errors import InvalidRequestError
 from engine.models.decoder import Decoder
 from engine.models.kv_cache import KVCache
@@ -57,8 +60,9 @@ class DecoderBackend:
         self.stepper = stepper or make_stepper(decoder)
         self.kernel = self.stepper.name
         self.context_length = decoder.config.context_length
-        self.m2r2 = m2r2 or _m2r2(self.stepper)
-        self.factories = method_factories(self.stepper, self.m2r2)
+        self.lookup = Lookup(self.stepper)
+        self.m2r2, self.stream = (m2r2, None) if m2r2 else _m2r2(self.stepper, self.lookup.drafter)
+        self.factories = method_factories(self.stepper, self.lookup, self.m2r2, self.stream)
 
     def methods(self) -> tuple[str, ...]:
         return tuple(self.factories)
@@ -79,32 +83,39 @@ class DecoderBackend:
 
     def close(self) -> None:
         self.factories.clear()
-        if self.m2r2 is not None:
-            self.m2r2.keep()
+        for accelerated in (self.m2r2, self.stream):
+            if accelerated is not None:
+                accelerated.keep()
         if self.tiers is not None:
             self.tiers.close()
         del (
             self.decoder,
             self.stepper,
+            self.lookup,
             self.m2r2,
+            self.stream,
             self.tiers,
         )  # running steps keep their own references to the end
 
 
-def _m2r2(stepper: Stepper) -> M2R2 | None:
-    """Accelerated decoding, if there is an accelerator for this model."""
+def _m2r2(stepper: Stepper, context: ContextDrafter) -> tuple[M2R2 | None, M2R2 | None]:
+    """Accelerated decoding, with drafts from the context and without, if there is an accelerator for this model."""
     from engine.decoding.controller_file import controller_path, load_controller, save_controller
     from engine.decoding.m2r2 import M2R2
     from engine.residuals.adapter_file import find_adapter, load_accelerator
-    from engine.residuals.drafter import make_drafter
+    from engine.residuals.drafter import Drafter, make_drafter
 
     path = find_adapter(stepper.decoder)
     if path is None:
-        return None
-    kept = controller_path(stepper, path)
-    controller = load_controller(kept)
-    return M2R2(
-        lambda: make_drafter(stepper, load_accelerator(path, stepper.decoder)),
-        controller,
-        lambda: save_controller(kept, controller),
-    )
+        return None, None
+
+    @cache
+    def drafter() -> Drafter:
+        return make_drafter(stepper, load_accelerator(path, stepper.decoder))
+
+    def method(name: str, context: ContextDrafter | None) -> M2R2:
+        kept = controller_path(stepper, path, name)
+        controller = load_controller(kept)
+        return M2R2(drafter, controller, lambda: save_controller(kept, controller), context)
+
+    return method("m2r2", context), method("stream", None)

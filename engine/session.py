@@ -118,8 +118,11 @@ class Session:
 
     def speculation(self) -> SpeculationState | None:
         """What the depth controller has measured and decided; None where nothing drafts."""
-        m2r2 = getattr(self.backend, "m2r2", None)  # a backend without drafts has none
-        return None if m2r2 is None else m2r2.controller.state()
+        for name in ("m2r2", "lookup"):  # a backend of another kind has neither
+            if (shared := getattr(self.backend, name, None)) is not None:
+                state: SpeculationState = shared.state()
+                return state
+        return None
 
     def experts(self) -> ExpertReport | None:
         """What of the model's experts is in memory and how that fares; None where all of them always are."""

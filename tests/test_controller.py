@@ -78,7 +78,7 @@ def test_bad_drafts_switch_it_off_with_a_sentence() -> None:
     simulate(controller, 600, chance=0.05, draft=0.4, row=0.3)
     assert controller.is_off
     assert controller.reason is not None
-    assert controller.reason.startswith("Acceleration is off for now")
+    assert controller.reason.startswith("The accelerated stream is off for now")
     assert controller.reason.endswith(".")
     state = controller.state()
     assert state.is_off

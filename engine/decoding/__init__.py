@@ -8,14 +8,22 @@ from engine.decoding.base import MethodFactory
 from engine.models.stepper import Stepper
 
 if TYPE_CHECKING:
+    from engine.decoding.lookup import Lookup
     from engine.decoding.m2r2 import M2R2
 
 
-def method_factories(stepper: Stepper, m2r2: M2R2 | None = None) -> dict[str, MethodFactory]:
-    """Every method that can run on this model; the first is the default."""
+def method_factories(
+    stepper: Stepper, lookup: Lookup | None = None, m2r2: M2R2 | None = None, stream: M2R2 | None = None
+) -> dict[str, MethodFactory]:
+    """Every method that can run on this model; the first is the default.
+
+    Args:
+        m2r2, stream: with drafts from the context as well, and without.
+    """
     from engine.decoding.plain import PlainDecoding
 
     methods: dict[str, MethodFactory] = {"plain": lambda: PlainDecoding(stepper)}
-    if m2r2 is not None:
-        methods["m2r2"] = m2r2.new_method
+    for name, shared in (("lookup", lookup), ("m2r2", m2r2), ("stream", stream)):
+        if shared is not None:
+            methods[name] = shared.new_method
     return methods

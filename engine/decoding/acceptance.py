@@ -12,10 +12,14 @@ wherever the rows' logits are bit-identical.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 
 from torch import Tensor
 
+from engine.decoding.base import Step, TokenSequence
 from engine.decoding.sampling import Sampler
+from engine.models.stepper import Stepper
+from engine.requests import Provenance
 
 
 def accept_chain(logits: Tensor, drafts: Sequence[int], ids: list[int], sampler: Sampler) -> int:
@@ -39,3 +43,33 @@ def accept_chain(logits: Tensor, drafts: Sequence[int], ids: list[int], sampler:
             return position
     ids.append(sampler.choose(logits[len(drafts)], ids))
     return len(drafts)
+
+
+def verify_chain(
+    stepper: Stepper, sequence: TokenSequence, drafts: Sequence[int], started: float
+) -> tuple[int, Step, Tensor]:
+    """Verify drafts that nothing has been computed of: the last token and they go through all layers in one pass.
+
+    Args:
+        started: when the round began, as ``perf_counter`` tells.
+
+    Returns:
+        How many were accepted, the step, and the last accepted token's state ``[D]``.
+    """
+    cache, ids = sequence.cache, sequence.ids
+    start = cache.length
+    hidden = stepper.embed([ids[-1], *drafts])
+    hidden = stepper.run_layers(hidden, cache, start, 0, stepper.decoder.config.num_layers)
+    accepted = accept_chain(stepper.logits(hidden), drafts, ids, sequence.sampler)
+    cache.length = start + accepted + 1
+    step = round_step(ids[start + 1 :], len(drafts), accepted, 0.0, perf_counter() - started)
+    return accepted, step, hidden[accepted]
+
+
+def round_step(
+    tokens: Sequence[int], num_drafts: int, num_accepted: int, draft_seconds: float, verify_seconds: float
+) -> Step:
+    """The step of a round: ``num_accepted`` drafts and one token of the model's own."""
+    own = Provenance.BONUS if num_drafts and num_accepted == num_drafts else Provenance.VERIFIED
+    provenance = (Provenance.DRAFTED,) * num_accepted + (own,)
+    return Step(tuple(tokens), provenance, num_drafts, num_accepted, draft_seconds, verify_seconds)

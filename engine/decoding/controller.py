@@ -106,6 +106,11 @@ class DepthController:
         """Is drafting switched off at the moment? ``reason`` then holds one sentence for people."""
         return self._paused > 0
 
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second as things stand, the better of plain and drafting; None: not measured yet."""
+        return self._rate() if self._time("plain") else None
+
     def plan(self, limit: int) -> bool:
         """Should this round draft at all, where at most ``limit`` drafts are allowed?"""
         self._limit = min(limit, self.max_drafts)
@@ -242,7 +247,7 @@ class DepthController:
     def _sentence(self, ratio: float) -> str:
         share = self._next_right / self._next_seen
         return (
-            f"Acceleration is off for now: {share:.0%} of the drafts that could be right were, and a draft costs "
+            f"The accelerated stream is off for now: {share:.0%} of the drafts that could be right were, and a draft costs "
             f"{1e3 * self._draft_step():.1f} ms beside a plain step's {1e3 * self._plain():.1f} ms, so drafting "
             f"ran at {ratio:.2f} times the plain speed."
         )

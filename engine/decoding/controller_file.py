@@ -17,12 +17,13 @@ from engine.residuals.adapter_file import fingerprint
 log = logging.getLogger(__name__)
 
 
-def controller_path(stepper: Stepper, adapter: Path) -> Path:
-    """Where it is kept: a name for everything that its measurements depend on."""
+def controller_path(stepper: Stepper, adapter: Path, method: str) -> Path:
+    """Where that of a decoding method is kept: a name for everything that its measurements depend on."""
     decoder, here = stepper.decoder, machine()
     facts = (
         fingerprint(decoder), type(decoder.layers[0].qkv).__name__, str(decoder.dtype), stepper.name,
         getattr(stepper, "num_threads", None), here.cpu, decoder.device.type, adapter.stat().st_mtime_ns,
+        method,
     )  # fmt: skip
     name = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     return cache_dir() / "speculation" / f"{name}.json"

@@ -8,6 +8,9 @@ A round, from the last token ``t`` at position ``L`` (the cache holds ``L`` toke
 3. Accept the longest prefix that the model itself would have chosen, and one token of the model's own.
 4. Roll back: the cache's length is set behind the last accepted token.
 
+Where the text repeats itself, the drafts are taken from the context instead, without any of the first step's work
+(our choice; see :mod:`engine.decoding.context`).
+
 The accelerated row starts from what is known of the position before it: its verified final state for the
 first draft, the stream's own exit state for the later ones (our choice; see ``engine.residuals``).
 """
@@ -20,30 +23,39 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from engine.decoding.acceptance import accept_chain
+from engine.decoding.acceptance import accept_chain, round_step, verify_chain
 from engine.decoding.base import Step, TokenSequence
-from engine.decoding.controller import DepthController, RoundRecord
-from engine.requests import Provenance
+from engine.decoding.context import ContextDrafter, ContextIndex
+from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
 from engine.residuals.drafter import Drafter
 
 
 class M2R2Decoding:
-    """Self-speculation with a trained accelerator; the controller chooses how far to draft."""
+    """Self-speculation with a trained accelerator; the controller chooses how far to draft.
+
+    Args:
+        context: what takes drafts from the context; None: the stream alone drafts.
+    """
 
     name = "m2r2"
     lossless = True
 
-    def __init__(self, drafter: Drafter, controller: DepthController) -> None:
-        self._drafter, self._controller = drafter, controller
+    def __init__(
+        self, drafter: Drafter, controller: DepthController, context: ContextDrafter | None = None
+    ) -> None:
+        self._drafter, self._controller, self._context = drafter, controller, context
         self._stepper = drafter.stepper
         self._num_layers = drafter.stepper.decoder.config.num_layers
 
     def start(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
         self._final: Tensor | None = None  # last verified position's state; the prefill keeps none
+        self._index = ContextIndex(sequence.ids)
 
     def step(self, max_tokens: int) -> Step:
         started = perf_counter()
+        if self._context is not None and (step := self._from_context(max_tokens, started, self._context)):
+            return step
         sequence, stepper = self._sequence, self._stepper
         cache, ids, split = sequence.cache, sequence.ids, self._drafter.depth
         start = cache.length
@@ -69,11 +81,23 @@ class M2R2Decoding:
         # among the plain steps, it would make drafting look better than it is.
         if not is_first:
             self._controller.observe(record)
-        own = Provenance.BONUS if drafts and accepted == len(drafts) else Provenance.VERIFIED
-        return Step(
-            tuple(ids[start + 1 :]), (Provenance.DRAFTED,) * accepted + (own,), len(drafts), accepted,
-            drafted - started, ended - drafted,
-        )  # fmt: skip
+            if self._context is not None and not slow:
+                self._context.note(1, ended - started)
+        return round_step(ids[start + 1 :], len(drafts), accepted, drafted - started, ended - drafted)
+
+    def _from_context(self, max_tokens: int, started: float, context: ContextDrafter) -> Step | None:
+        """A round with drafts from the context, if there are any worth verifying."""
+        limit = min(max_tokens, self._stepper.max_rows) - 1
+        match = self._index.find(limit)
+        drafts = context.choose(match, limit, self._controller.rate)
+        if not drafts:
+            return None
+        is_first = self._final is None
+        accepted, step, self._final = verify_chain(self._stepper, self._sequence, drafts, started)
+        context.observe(match, len(drafts), accepted)
+        if not is_first:
+            context.note(len(drafts) + 1, step.verify_seconds)
+        return step
 
     def _draft(self, token: int, limit: int) -> tuple[list[int], list[Tensor], list[float]]:
         """Drafted tokens, the slow states of all fed tokens, and the confidence of each draft step.
@@ -105,6 +129,7 @@ class M2R2:
     Args:
         make_drafter: loads the accelerator; may take a moment and some megabytes.
         keep: called when the model is unloaded, to remember what the controller has learnt.
+        context: what takes drafts from the context; None: the stream alone drafts.
     """
 
     def __init__(
@@ -112,8 +137,10 @@ class M2R2:
         make_drafter: Callable[[], Drafter],
         controller: DepthController | None = None,
         keep: Callable[[], None] | None = None,
+        context: ContextDrafter | None = None,
     ) -> None:
         self._make_drafter = make_drafter
+        self._context = context
         self._drafter: Drafter | None = None
         self.controller = controller or DepthController()
         self._keep = keep
@@ -123,6 +150,10 @@ class M2R2:
         if self._keep is not None and self._drafter is not None:
             self._keep()
 
+    def state(self) -> SpeculationState:
+        """Where things stand."""
+        return self.controller.state()
+
     def new_method(self) -> M2R2Decoding:
         """A method for one generation.
 
@@ -131,4 +162,4 @@ class M2R2:
         """
         if self._drafter is None:
             self._drafter = self._make_drafter()
-        return M2R2Decoding(self._drafter, self.controller)
+        return M2R2Decoding(self._drafter, self.controller, self._context)

@@ -64,7 +64,7 @@ def _report(path: Path) -> str:
     )
     lines = [title, "", markdown_table(rows), ""]
     if speedups := _speedups(rows, report["samples"]):
-        lines += [f"m2r2 over plain in the same format, prompt by prompt: {'; '.join(speedups)}.", ""]
+        lines += [f"To plain in the same format, prompt by prompt: {'; '.join(speedups)}.", ""]
     return "\n".join([*lines, ""])
 
 
@@ -73,7 +73,7 @@ def _speedups(rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Any]) -> 
     texts = []
     for row in rows:
         plain = f"plain/{row['lane'].split('/')[-1]}"
-        if row["method"] != "m2r2" or plain not in samples:
+        if row["method"] in (None, "plain") or plain not in samples:
             continue
         mine, theirs = (
             {
@@ -84,7 +84,7 @@ def _speedups(rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Any]) -> 
         )
         ratios = paired_ratios(mine, theirs)
         low, high = quartiles(ratios) or (0.0, 0.0)
-        texts.append(f"{row['format']} **{quantile(ratios, 0.5):.2f}** ({low:.2f} to {high:.2f})")
+        texts.append(f"{row['lane']} **{quantile(ratios, 0.5):.2f}** ({low:.2f} to {high:.2f})")
     return texts
 
 

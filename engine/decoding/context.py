@@ -1,0 +1,117 @@
+"""Drafts out of the context: what followed the latest tokens where they occurred before, in prompt or answer.
+
+After prompt lookup decoding (A. Saxena, 2023); the lengths of matches and how many tokens are taken are our choice.
+Such a draft costs nothing but the rows that it adds to the verification. How many pay is weighed as in
+:mod:`engine.decoding.controller`: by how often matches of that length were right, and by what so many rows take here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+LENGTHS = (2, 3, 4, 5)  # of matches, in tokens
+MAX_DRAFTS = 7
+_LONGEST = LENGTHS[-1] + 3  # a match that drafts have made longer counts as one of this length at most
+_PRIOR_RIGHT, _PRIOR_SEEN = 1.5, 2.5
+_FADE = 0.998  # per observation: old luck counts less
+_SAMPLES = 9  # timings kept of each number of rows; their median counts
+_ROW_SHARE = 0.15  # first guess: a row more costs this share of a plain step
+
+
+@dataclass(frozen=True)
+class Match:
+    """An earlier occurrence of the latest ``length`` tokens, and what followed it there."""
+
+    length: int = 0
+    tokens: tuple[int, ...] = ()
+
+
+class ContextIndex:
+    """The short runs of tokens in one growing sequence."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = ids
+        self._ends: dict[tuple[int, ...], int] = {}  # the latest end of each run
+        self._done = 0
+
+    def find(self, limit: int) -> Match:
+        """The latest earlier occurrence of the longest run that the sequence ends with, and up to ``limit`` tokens
+        behind it."""
+        ids = self._ids
+        for end in range(self._done + 1, len(ids)):  # a run at the very end has nothing behind it
+            for length in LENGTHS:
+                if length <= end:
+                    self._ends[tuple(ids[end - length : end])] = end
+        self._done = max(self._done, len(ids) - 1)
+        for length in reversed(LENGTHS):
+            earlier = self._ends.get(tuple(ids[-length:]))
+            if earlier is not None:
+                return Match(length, tuple(ids[earlier : earlier + limit]))
+        return Match()
+
+
+class ContextDrafter:
+    """Decides how much of a match is worth verifying; one per loaded model, so that what it learns carries over.
+
+    Args:
+        fixed: always as many as there are, up to this number: for tests and measurements.
+    """
+
+    def __init__(self, fixed: int | None = None) -> None:
+        self._fixed = fixed
+        self._right = [_PRIOR_RIGHT] * (_LONGEST + 1)
+        self._seen = [_PRIOR_SEEN] * (_LONGEST + 1)
+        self._times: dict[int, deque[float]] = {}  # by number of rows
+
+    def choose(self, match: Match, limit: int, rate: float | None = None) -> tuple[int, ...]:
+        """The tokens of ``match`` to verify, at most ``limit``.
+
+        Args:
+            rate: tokens per second that there are without them; None: those of plain decoding.
+        """
+        count = min(len(match.tokens), limit, MAX_DRAFTS)
+        if self._fixed is not None:
+            return match.tokens[: min(count, self._fixed)]
+        best, best_rate = 0, rate or 1 / self._seconds(1)
+        chance = tokens = 1.0
+        for drafts in range(1, count + 1):
+            length = min(match.length + drafts - 1, _LONGEST)
+            chance *= self._right[length] / self._seen[length]
+            tokens += chance
+            if tokens / self._seconds(drafts + 1) > best_rate:
+                best, best_rate = drafts, tokens / self._seconds(drafts + 1)
+        return match.tokens[:best]
+
+    def observe(self, match: Match, num_drafts: int, num_accepted: int) -> None:
+        """Learn how far a match was right."""
+        for position in range(min(num_accepted + 1, num_drafts)):
+            length = min(match.length + position, _LONGEST)
+            self._right[length] = self._right[length] * _FADE + (position < num_accepted)
+            self._seen[length] = self._seen[length] * _FADE + 1
+
+    def note(self, num_rows: int, seconds: float) -> None:
+        """A pass of so many rows through all layers took so long."""
+        self._times.setdefault(num_rows, deque(maxlen=_SAMPLES)).append(max(seconds, 1e-9))
+
+    @property
+    def plain_seconds(self) -> float | None:
+        """A plain step, as measured; None: not yet."""
+        return self._time(1)
+
+    def _time(self, num_rows: int) -> float | None:
+        times = self._times.get(num_rows)
+        return median(tuple(times)) if times else None  # a copy: another thread may be adding to it
+
+    def _seconds(self, num_rows: int) -> float:
+        """What a pass of so many rows takes, measured or guessed."""
+        # Fewer rows never take longer: a time that says so is a hiccup of the machine.
+        known = [time for rows in range(num_rows, MAX_DRAFTS + 2) if (time := self._time(rows))]
+        if self._time(num_rows):
+            return min(known)
+        plain = self._time(1) or 1.0
+        if num_rows == 1:
+            return plain
+        return min([self._seconds(num_rows - 1) + _ROW_SHARE * plain, *known])

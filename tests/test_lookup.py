@@ -1,0 +1,159 @@
+"""Drafts out of the context: whatever matches, the output is plain decoding's own, and matches that fail cost little."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.backend import DecoderBackend
+from engine.decoding.base import TokenSequence
+from engine.decoding.context import LENGTHS, ContextDrafter, ContextIndex, Match
+from engine.decoding.controller import DepthController
+from engine.decoding.lookup import Lookup
+from engine.decoding.m2r2 import M2R2
+from engine.decoding.sampling import Sampler
+from engine.models.decoder import Decoder
+from engine.models.loader import load_decoder
+from engine.models.stepper import Stepper, TorchStepper, make_stepper
+from engine.requests import SamplingParams
+from engine.residuals.drafter import make_drafter
+from tests import tiny
+from tests.test_m2r2 import accelerator, run
+
+FORMATS = ("fp64", "fp32", "int4", "int8", "bf16")
+# What a model repeats: its own text is one period over and over, and the prompt holds matches that go wrong.
+PROMPT = [5, 70, 9, 33, 120, 7, 7, 61, 5, 70, 9, 34, 120, 7, 8, 5, 70]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]:
+    folder = tiny.save_model(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
+    return {name: load_decoder(folder, name) for name in FORMATS}
+
+
+class Wrong(ContextDrafter):
+    """Verifies tokens that are never right."""
+
+    def choose(self, match: Match, limit: int, rate: float | None = None) -> tuple[int, ...]:
+        return (286,) * min(limit, 4)
+
+
+def stepper_of(decoder: Decoder) -> Stepper:
+    return TorchStepper(decoder) if decoder.dtype == torch.float64 else make_stepper(decoder)
+
+
+@pytest.mark.parametrize("drafter", [ContextDrafter, lambda: ContextDrafter(fixed=7), Wrong])
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_output_is_plain_decodings(
+    decoders: dict[str, Decoder], weight_format: str, drafter: type[ContextDrafter], temperature: float
+) -> None:
+    stepper, params = stepper_of(decoders[weight_format]), SamplingParams(temperature=temperature, seed=3)
+    expected, _ = run(stepper, None, 120, PROMPT, params)
+    lookup = Lookup(stepper, drafter())
+    assert run(stepper, lookup, 120, PROMPT, params)[0] == expected  # type: ignore[arg-type]
+    both = M2R2(
+        lambda: make_drafter(stepper, accelerator(stepper.decoder)), DepthController(), context=drafter()
+    )
+    assert run(stepper, both, 120, PROMPT, params)[0] == expected
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 7])
+def test_the_cache_is_that_of_a_fresh_prefill(decoders: dict[str, Decoder], drafts: int) -> None:
+    stepper = TorchStepper(decoders["fp64"])
+
+    def check(sequence: TokenSequence) -> None:
+        fresh = stepper.decoder.new_cache(256)
+        stepper.prefill(sequence.ids[:-1], fresh)
+        for mine, theirs in zip(sequence.cache.keys, fresh.keys, strict=True):
+            torch.testing.assert_close(mine[:, :, : fresh.length], theirs[:, :, : fresh.length])
+
+    _, rounds = run(stepper, Lookup(stepper, ContextDrafter(fixed=drafts)), 60, PROMPT, each=check)  # type: ignore[arg-type]
+    assert any(accepted for _, accepted in rounds) and any(drafted > accepted for drafted, accepted in rounds)
+
+
+def test_matches_of_a_growing_text() -> None:
+    """Against a search through the whole text, over random texts of few tokens."""
+    draw = random.Random(0)
+    for _ in range(40):
+        ids: list[int] = []
+        index = ContextIndex(ids)
+        for _ in range(60):
+            ids += [draw.randrange(4) for _ in range(draw.randrange(1, 4))]
+            assert index.find(5) == _search(ids, 5)
+
+
+def _search(ids: list[int], limit: int) -> Match:
+    for length in reversed(LENGTHS):
+        for end in range(len(ids) - 1, length - 1, -1):
+            if ids[end - length : end] == ids[-length:]:
+                return Match(length, tuple(ids[end : end + limit]))
+    return Match()
+
+
+def test_it_learns_which_matches_are_worth_it() -> None:
+    drafter, match = ContextDrafter(), Match(3, (1, 2, 3, 4))
+    drafter.note(1, 1.0)
+    assert drafter.choose(match, 4)
+    for _ in range(40):
+        drafter.observe(match, 2, 0)
+    assert drafter.choose(match, 4) == ()
+    assert drafter.choose(Match(5, (1, 2)), 4)  # of longer ones nothing bad is known
+    for _ in range(60):
+        drafter.observe(match, 4, 4)
+    assert drafter.choose(match, 4) == (1, 2, 3, 4)
+    assert drafter.choose(match, 2) == (1, 2)
+    assert drafter.choose(match, 4, rate=1000.0) == ()
+
+
+def test_rows_that_cost_much_are_not_added() -> None:
+    drafter, match = ContextDrafter(), Match(5, (1, 2, 3, 4, 5))
+    for rows, seconds in ((1, 1.0), (2, 1.1), (3, 1.2), (4, 3.0)):
+        drafter.note(rows, seconds)
+    assert drafter.choose(match, 5) == (1, 2)
+
+
+def test_every_model_has_it_and_those_with_an_accelerator_both(decoders: dict[str, Decoder]) -> None:
+    decoder = decoders["fp32"]
+    backend = DecoderBackend(decoder)
+    assert backend.methods() == ("plain", "lookup")
+    sequence = TokenSequence(list(PROMPT), decoder.new_cache(64), Sampler(SamplingParams()), len(PROMPT))
+    backend.prefill(PROMPT[:-1], sequence.cache)
+    method = backend.method("lookup")
+    method.start(sequence)
+    assert len(method.step(8).token_ids) >= 1
+    backend.close()
+
+
+@pytest.mark.real_model
+def test_the_default_model_repeats_itself(default_model_path: Path) -> None:
+    from engine.loading import load_session
+    from engine.requests import GenerationRequest, Message
+
+    session = load_session("default", default_model_path)
+    assert session.methods() == ("plain", "lookup", "m2r2", "stream")
+    prompt = [Message("user", "Write the numbers from 1 to 30, one per line, each after the word Number.")]
+    texts, accepted = {}, {}
+    for method in session.methods():
+        generation = session.stream_generate(
+            GenerationRequest(messages=prompt, method=method, max_new_tokens=120)
+        )
+        for _ in generation:
+            pass
+        texts[method] = generation.result.token_ids
+        accepted[method] = generation.metrics.speculation.num_accepted_tokens
+    assert len(set(texts.values())) == 1
+    assert accepted["plain"] == 0 and accepted["lookup"] > 20 and accepted["m2r2"] > 20
+    session.close()
