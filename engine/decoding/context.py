@@ -37,17 +37,18 @@ class ContextIndex:
         self._ends: dict[tuple[int, ...], int] = {}  # the latest end of each run
         self._done = 0
 
-    def find(self, limit: int) -> Match:
-        """The latest earlier occurrence of the longest run that the sequence ends with, and up to ``limit`` tokens
-        behind it."""
+    def find(self, limit: int, drafts: Sequence[int] = ()) -> Match:
+        """The latest earlier occurrence of the longest run that the sequence, with ``drafts`` behind it, ends with; and
+        up to ``limit`` tokens that follow it there."""
         ids = self._ids
         for end in range(self._done + 1, len(ids)):  # a run at the very end has nothing behind it
             for length in LENGTHS:
                 if length <= end:
                     self._ends[tuple(ids[end - length : end])] = end
         self._done = max(self._done, len(ids) - 1)
+        latest = (*ids[-LENGTHS[-1] :], *drafts)
         for length in reversed(LENGTHS):
-            earlier = self._ends.get(tuple(ids[-length:]))
+            earlier = self._ends.get(latest[-length:])
             if earlier is not None:
                 return Match(length, tuple(ids[earlier : earlier + limit]))
         return Match()
@@ -78,17 +79,35 @@ class ContextDrafter:
         best, best_rate = 0, rate or 1 / self._seconds(1)
         chance = tokens = 1.0
         for drafts in range(1, count + 1):
-            length = min(match.length + drafts - 1, _LONGEST)
-            chance *= self._right[length] / self._seen[length]
+            chance *= self._luck(match, drafts - 1)
             tokens += chance
             if tokens / self._seconds(drafts + 1) > best_rate:
                 best, best_rate = drafts, tokens / self._seconds(drafts + 1)
         return match.tokens[:best]
 
+    def extend(self, match: Match, limit: int, num_rows: int, chance: float, rate: float) -> tuple[int, ...]:
+        """The tokens of ``match`` to verify behind other drafts: each is taken if the chance that all up to it are
+        right is worth the row that it adds.
+
+        Args:
+            num_rows: of the verification without them.
+            chance: that all other drafts are right.
+            rate: tokens per second that time is worth.
+        """
+        count = min(len(match.tokens), limit, MAX_DRAFTS + 1 - num_rows)
+        if self._fixed is not None:
+            return match.tokens[: max(0, min(count, self._fixed))]
+        for drafts in range(count):
+            chance *= self._luck(match, drafts)
+            rows = num_rows + drafts
+            if chance <= rate * (self._seconds(rows + 1) - self._seconds(rows)):
+                return match.tokens[:drafts]
+        return match.tokens[: max(0, count)]
+
     def observe(self, match: Match, num_drafts: int, num_accepted: int) -> None:
         """Learn how far a match was right."""
         for position in range(min(num_accepted + 1, num_drafts)):
-            length = min(match.length + position, _LONGEST)
+            length = _class(match, position)
             self._right[length] = self._right[length] * _FADE + (position < num_accepted)
             self._seen[length] = self._seen[length] * _FADE + 1
 
@@ -100,6 +119,11 @@ class ContextDrafter:
     def plain_seconds(self) -> float | None:
         """A plain step, as measured; None: not yet."""
         return self._time(1)
+
+    def _luck(self, match: Match, position: int) -> float:
+        """The chance that a token is right if those before it are."""
+        length = _class(match, position)
+        return self._right[length] / self._seen[length]
 
     def _time(self, num_rows: int) -> float | None:
         times = self._times.get(num_rows)
@@ -115,3 +139,8 @@ class ContextDrafter:
         if num_rows == 1:
             return plain
         return min([self._seconds(num_rows - 1) + _ROW_SHARE * plain, *known])
+
+
+def _class(match: Match, position: int) -> int:
+    """The token's match, those before it counted in."""
+    return min(match.length + position, _LONGEST)

@@ -66,7 +66,7 @@ class RoundRecord:
     Attributes:
         drafted: a draft step ran.
         confidences: of each draft step, the dropped last one included.
-        num_drafts: drafts that were verified.
+        num_drafts: drafts that were verified, those from elsewhere counted in.
     """
 
     drafted: bool
@@ -125,7 +125,7 @@ class DepthController:
             return True
         count = len(confidences)
         cost = self._verify(count, dropped=False) - self._verify(count - 1, dropped=True)
-        return self._chance(confidences) > self._rate() * cost
+        return self.chance(confidences) > self._rate() * cost
 
     def more(self, confidences: list[float]) -> bool:
         """Is another draft worth making after these, all kept?"""
@@ -137,7 +137,7 @@ class DepthController:
         cost = (
             self._draft_step() + self._verify(count + 1, dropped=False) - self._verify(count, dropped=False)
         )
-        return self._chance(confidences) * self._next_right / self._next_seen > self._rate() * cost
+        return self.chance(confidences) * self._next_right / self._next_seen > self._rate() * cost
 
     def observe(self, record: RoundRecord) -> None:
         """Learn from a finished round."""
@@ -226,7 +226,7 @@ class DepthController:
         self._next_right = self._next_right * _FADE + was_right
         self._next_seen = self._next_seen * _FADE + 1
 
-    def _chance(self, confidences: list[float]) -> float:
+    def chance(self, confidences: list[float]) -> float:
         """That all of these drafts are right."""
         return math.prod(self._right[_bin(c)] / self._seen[_bin(c)] for c in confidences)
 

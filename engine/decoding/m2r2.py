@@ -25,7 +25,7 @@ from torch import Tensor
 
 from engine.decoding.acceptance import accept_chain, round_step, verify_chain
 from engine.decoding.base import Step, TokenSequence
-from engine.decoding.context import ContextDrafter, ContextIndex
+from engine.decoding.context import ContextDrafter, ContextIndex, Match
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
 from engine.residuals.drafter import Drafter
 
@@ -59,15 +59,20 @@ class M2R2Decoding:
         sequence, stepper = self._sequence, self._stepper
         cache, ids, split = sequence.cache, sequence.ids, self._drafter.depth
         start = cache.length
-        drafts, slow, confidences = self._draft(ids[-1], min(max_tokens, stepper.max_rows) - 1)
+        limit = min(max_tokens, stepper.max_rows) - 1
+        drafts, slow, confidences = self._draft(ids[-1], limit)
         drafted = perf_counter()
+        match, own = Match(), len(drafts)  # of the stream
+        if own and own == len(slow):  # the last draft was kept
+            match, more = self._more_from_context(drafts, confidences, limit - own)
+            drafts += more
 
         if not slow:  # nothing was drafted: a plain step
             hidden = stepper.run_layers(stepper.embed(ids[-1:]), cache, start, 0, self._num_layers)
         else:
-            if len(slow) == len(drafts):  # the last draft has not been fed yet
-                last = stepper.embed(drafts[-1:])
-                slow.append(stepper.run_layers(last, cache, start + len(drafts), 0, split))
+            if unfed := [ids[-1], *drafts][len(slow) :]:
+                rows = stepper.embed(unfed)
+                slow.append(stepper.run_layers(rows, cache, start + len(slow), 0, split))
             hidden = stepper.run_layers(torch.cat(slow), cache, start, split, self._num_layers)
         accepted = accept_chain(stepper.logits(hidden), drafts, ids, sequence.sampler)
         cache.length = start + accepted + 1
@@ -81,9 +86,22 @@ class M2R2Decoding:
         # among the plain steps, it would make drafting look better than it is.
         if not is_first:
             self._controller.observe(record)
-            if self._context is not None and not slow:
-                self._context.note(1, ended - started)
+            if self._context is not None:
+                if not slow:
+                    self._context.note(1, ended - started)
+                self._context.observe(match, len(drafts) - own, accepted - own)
         return round_step(ids[start + 1 :], len(drafts), accepted, drafted - started, ended - drafted)
+
+    def _more_from_context(
+        self, drafts: list[int], confidences: list[float], limit: int
+    ) -> tuple[Match, tuple[int, ...]]:
+        """What the context says behind the stream's drafts."""
+        controller, context = self._controller, self._context
+        if context is None or controller.rate is None:
+            return Match(), ()
+        match = self._index.find(limit, drafts)
+        chance = controller.chance(confidences)
+        return match, context.extend(match, limit, len(drafts) + 1, chance, controller.rate)
 
     def _from_context(self, max_tokens: int, started: float, context: ContextDrafter) -> Step | None:
         """A round with drafts from the context, if there are any worth verifying."""

@@ -125,14 +125,14 @@ def save_accelerator(
     path: Path,
     accelerator: Accelerator,
     decoder: Decoder,
-    name: str,
+    base_model: str | dict[str, Any],
     training: dict[str, Any],
     measured: dict[str, Any],
 ) -> None:
     """Write ``path`` (``.safetensors``) and its card, each atomically, the card last.
 
     Args:
-        name: the base model, as people know it.
+        base_model: its name, as people know it, or what another card says of it.
         training: data and settings. measured: greedy agreement by suite and draft position.
 
     Raises:
@@ -144,9 +144,11 @@ def save_accelerator(
         key: value.int() if key == "draft_vocab" else value.bfloat16().contiguous()
         for key, value in accelerator.state_dict().items()
     }
+    if isinstance(base_model, str):
+        base_model = {"name": base_model, "fingerprint": fingerprint(decoder)}
     card = {
         "version": CARD_VERSION,
-        "base_model": {"name": name, "fingerprint": fingerprint(decoder)},
+        "base_model": base_model,
         "accelerator": asdict(accelerator.config),
         "training": training,
         "measured": measured,

@@ -28,8 +28,12 @@ from engine.residuals.corpus import Sequences
 from engine.residuals.stages import Runner
 from engine.residuals.training import Batch, Objective, TrainingConfig, evaluate
 from engine.residuals.tuning import EVALUATION_TOKENS, TuneRequest, prepare
-from engine.residuals.tuning_data import DataConfig
+from engine.residuals.tuning_data import DataConfig, encode_prompts
 from engine.residuals.tuning_store import cut, in_groups
+from engine.tokenizer import load_tokenizer
+
+# A few answers use few words: those of all prompts count as well, a tenth as much (our choice).
+_PROMPT_WEIGHT = 0.1
 
 
 def main(argv: list[str]) -> int:
@@ -55,6 +59,7 @@ def main(argv: list[str]) -> int:
             raise SlipstreamError(f"There is no accelerator for {prepared.name}; tune it first.")
         accelerator, decoder = load_accelerator(found, prepared.decoder), prepared.decoder
         counts = token_counts(prepared.corpus.sequences, decoder.config.vocab_size)
+        counts = counts + _PROMPT_WEIGHT * _prompt_counts(request, decoder)
         held_out = prepared.held_out
         batches = [Batch(cut(held_out, rows)) for rows in in_groups(held_out, EVALUATION_TOKENS)]
         report: dict[str, Any] = {
@@ -75,7 +80,7 @@ def main(argv: list[str]) -> int:
             card = read_card(found)
             training = {**card["training"], "shrunk_from": found.name, "rank": rank, "draft_vocab_size": size}
             measured = {**card["measured"], "shrunk": report["rows"][-1]}
-            save_accelerator(options.out, smaller, decoder, card["base_model"]["name"], training, measured)
+            save_accelerator(options.out, smaller, decoder, card["base_model"], training, measured)
     except SlipstreamError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
@@ -104,6 +109,14 @@ def shrink(accelerator: Accelerator, rank: int, draft_vocab_size: int, counts: T
                 assert isinstance(source, LowRank)
                 _cut(module, source, rank)
     return smaller.requires_grad_(False)
+
+
+def _prompt_counts(request: TuneRequest, decoder: Decoder) -> Tensor:
+    """How often each token occurs in the training prompts, int64 ``[V]``."""
+    tokenizer = load_tokenizer(hub.resolve(request.source).path)
+    prompts = encode_prompts(request.prompts, tokenizer, decoder, request.data).training
+    ids = torch.tensor([token for prompt in prompts for token in prompt])
+    return torch.bincount(ids, minlength=decoder.config.vocab_size)
 
 
 def _cut(target: LowRank, source: LowRank, rank: int) -> None:
