@@ -191,7 +191,7 @@ def test_the_shipped_adapter_belongs_to_the_default_model(default_model_path: Pa
     assert path is not None
     accelerator = load_accelerator(path, decoder)
     agreements = read_card(path)["measured"]["greedy_agreement_by_draft_position"]["mt_bench"]
-    assert accelerator.config.depth == 3 and agreements[0] > 0.55
+    assert accelerator.config.depth == 3 and agreements[0] > 0.5
 
 
 def test_a_shrunk_accelerator_keeps_the_strongest_directions(decoder: Decoder) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InvalidRequestError
+from engine.evaluation import row_costs
 from engine.evaluation.runner import BenchSettings, load_samples, run_turns, save_report
 from engine.evaluation.statistics import Sample, balanced_order, quantile, summarise
 from engine.evaluation.suites import Prompt, load_prompts, suite_path
+from tests import tiny
 
 SETTINGS = BenchSettings("model", "suite", 4, 1, 0.0)
 
@@ -100,3 +102,19 @@ def test_report_round_trip_and_other_settings(tmp_path: Path) -> None:
     path.write_text(json.dumps({**report, "settings": {}}))
     with pytest.raises(InvalidRequestError, match="other settings"):
         load_samples(path, SETTINGS)
+
+
+def test_row_costs_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.save_model(tmp_path / "tiny", max_position_embeddings=512)
+    target = tmp_path / "costs.json"
+    assert (
+        row_costs.main(
+            ["--model", str(model), "--formats", "fp32,bf16", "--passes", "4", "--json", str(target)]
+        )
+        == 0
+    )
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["format"] for row in rows] == ["fp32", "bf16"]
+    assert all(low <= middle <= high for row in rows for middle, low, high in [row["1 rows"], row["5 rows"]])
+    assert row_costs.main(["--model", str(tmp_path / "none.gguf")]) == 1
+    assert "Error" in capsys.readouterr().err

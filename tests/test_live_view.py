@@ -140,6 +140,14 @@ def test_acceleration_is_the_default_where_there_is_any():
     assert methods.pick(BOTH) == "m2r2" and methods.pick(("plain",)) == "plain"
     assert methods.pick(BOTH, "plain") == "plain" and methods.pick(("plain",), "m2r2") == "plain"
     assert methods.choices(BOTH) == [("Accelerated (M2R2)", "m2r2"), ("Plain", "plain")]
+    assert methods.pick(("plain", "lookup")) == "lookup"
+
+
+def test_a_chat_offers_two_methods_and_the_chosen_one() -> None:
+    every = ("plain", "lookup", "m2r2", "stream")
+    assert [name for _, name in methods.switch(every, "m2r2")] == ["m2r2", "plain"]
+    assert [name for _, name in methods.switch(every, "stream")] == ["m2r2", "plain", "stream"]
+    assert [name for _, name in methods.switch(("plain", "lookup"), "plain")] == ["lookup", "plain"]
 
 
 @pytest.mark.parametrize(

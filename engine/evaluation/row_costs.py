@@ -1,0 +1,96 @@
+"""What a pass of so many rows costs, and a draft: the figures that speculation lives on.
+
+``python -m engine.evaluation.row_costs --json FILE``. Rows of one call share the reading of the weights; how much a
+further one adds decides how many drafts pay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from engine import hub
+from engine.atomic import replacing
+from engine.errors import SlipstreamError
+from engine.hardware import machine, usable_threads
+from engine.models.loader import load_decoder
+from engine.models.stepper import make_stepper
+from engine.residuals.adapter_file import find_adapter, load_accelerator
+from engine.residuals.drafter import make_drafter
+from engine.threads import set_threads, use_threads
+
+_CONTEXT, _ROWS = 200, 5  # tokens before the rows; how many of them at most
+
+
+def main(argv: list[str]) -> int:
+    """Measure, print and write; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m engine.evaluation.row_costs", description=__doc__)
+    parser.add_argument("--model", default=hub.DEFAULT_MODEL)
+    parser.add_argument("--formats", default="int4,int8,bf16")
+    parser.add_argument("--passes", type=int, default=60, help="of each kind")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--json", type=Path, default=None, metavar="FILE")
+    options = parser.parse_args(argv)
+    set_threads(options.threads or usable_threads())
+    rows = []
+    try:
+        for name in options.formats.split(","):
+            rows.append(_measure(options.model, name, options.passes))
+            print(json.dumps(rows[-1]), flush=True)
+    except SlipstreamError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    if options.json is not None:
+        with replacing(options.json) as file:
+            file.write((json.dumps({"machine": asdict(machine()), "rows": rows}, indent=1) + "\n").encode())
+    return 0
+
+
+def _measure(model: str, weight_format: str, passes: int) -> dict[str, Any]:
+    """Milliseconds: median and quartiles."""
+    decoder = load_decoder(hub.resolve(model).path, weight_format)
+    stepper, num_layers = make_stepper(decoder), decoder.config.num_layers
+    found: dict[str, Any] = {"format": weight_format, "kernel": stepper.name}
+    with use_threads(1):  # as a generation does beside the kernels
+        cache = decoder.new_cache(_CONTEXT + _ROWS)
+        ids = [number % decoder.config.vocab_size for number in range(_CONTEXT + _ROWS)]
+        stepper.prefill(ids[:_CONTEXT], cache)
+        for count in range(1, _ROWS + 1):
+            hidden = stepper.embed(ids[_CONTEXT:][:count])
+
+            def run(hidden: torch.Tensor = hidden) -> None:
+                stepper.logits(stepper.run_layers(hidden, cache, _CONTEXT, 0, num_layers))
+
+            found[f"{count} rows"] = _clock(run, passes)
+        path = find_adapter(decoder)
+        if path is not None:
+            drafter = make_drafter(stepper, load_accelerator(path, decoder))
+            condition = drafter.condition(stepper.embed(ids[:1])[0])
+            found["draft"] = _clock(lambda: drafter.draft(ids[-1], condition, cache, _CONTEXT), passes)
+    return found
+
+
+def _clock(run: Callable[[], object], passes: int) -> list[float]:
+    """Median and quartiles of one call, in milliseconds."""
+    for _ in range(5):
+        run()
+    times = []
+    for _ in range(passes):
+        began = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - began))
+    low, _, high = quantiles(times, n=4)
+    return [round(value, 3) for value in (median(times), low, high)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
