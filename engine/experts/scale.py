@@ -85,13 +85,14 @@ class _Lane:
     """One way of having the model's experts, with a text of its own."""
 
     def __init__(
-        self, name: str, model: RandomModel, dense: Decoder, store: ExpertStore, plan: MemoryPlan, slots: SlotMaker
+        self, name: str, model: RandomModel, dense: Decoder, store: ExpertStore, plan: MemoryPlan, slots: SlotMaker,
+        alone: bool,
     ) -> None:  # fmt: skip
         num_slots = {"on-demand": plan.least_slots, "resident": plan.num_experts}.get(name, plan.num_slots)
         cache = ExpertCache(store, num_slots, EVICTION_POLICIES["lru"](), slots=slots)
         decoder = dense.with_experts(lambda layer: LayerExperts(cache, layer))
         prefetcher = Prefetcher(cache, NextGate(decoder)) if name == "next-gate" else None
-        self.name, self.tiers = name, ExpertTiers(cache, prefetcher, plan if name != "resident" else None)
+        self.name, self.tiers = name, ExpertTiers(cache, prefetcher, plan if alone else None)
         decoder.watch = self.tiers.watch
         self._stepper, self._kv = make_stepper(decoder), decoder.new_cache()
         self._generator = torch.Generator().manual_seed(1)
@@ -139,7 +140,8 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         store, model.device, plan.host
     )  # all lanes' slots take their experts from the same RAM
     dense = model.decoder(lambda layer: ResidentExperts(()))
-    lanes = [_Lane(name, model, dense, store, plan, slots) for name in options.lanes]
+    alone = len(options.lanes) == 1  # several together outgrow the memory that each is planned for
+    lanes = [_Lane(name, model, dense, store, plan, slots, alone) for name in options.lanes]
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(0, model.config.vocab_size, (options.prompt,), generator=generator).tolist()
     prefill_seconds = {lane.name: lane.read(prompt) for lane in lanes}

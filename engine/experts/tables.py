@@ -41,7 +41,7 @@ def scale_table(report: Sequence[Mapping[str, Any]]) -> str:
     ]
     for row in report:
         cells = [
-            row["shape"], row["machine"], row["lane"],
+            row["shape"], row["machine"], row["lane"] + (", no file cache" if row["direct"] else ""),
             *(f"{row[key] / 1e9:.2f} GB" for key in ("budget", "plan")),
             # of lanes that ran in turns, each had slots of its own
             f"{row['peak_memory'] / 1e9:.2f} GB" if row["lanes_in_peak"] == 1 else "-",
