@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,14 @@ def slipstream_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "slipstream-home"
     monkeypatch.setenv("SLIPSTREAM_HOME", str(home))
     return home
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's threads cost tiny models far more than they save."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

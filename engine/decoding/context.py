@@ -66,6 +66,7 @@ class ContextDrafter:
         self._right = [_PRIOR_RIGHT] * (_LONGEST + 1)
         self._seen = [_PRIOR_SEEN] * (_LONGEST + 1)
         self._times: dict[int, deque[float]] = {}  # by number of rows
+        self._medians: dict[int, float] = {}  # of those: a round asks for them dozens of times
 
     def choose(self, match: Match, limit: int, rate: float | None = None) -> tuple[int, ...]:
         """The tokens of ``match`` to verify, at most ``limit``.
@@ -113,29 +114,27 @@ class ContextDrafter:
 
     def note(self, num_rows: int, seconds: float) -> None:
         """A pass of so many rows through all layers took so long."""
-        self._times.setdefault(num_rows, deque(maxlen=_SAMPLES)).append(max(seconds, 1e-9))
+        times = self._times.setdefault(num_rows, deque(maxlen=_SAMPLES))
+        times.append(max(seconds, 1e-9))
+        self._medians[num_rows] = median(times)
 
     @property
     def plain_seconds(self) -> float | None:
         """A plain step, as measured; None: not yet."""
-        return self._time(1)
+        return self._medians.get(1)
 
     def _luck(self, match: Match, position: int) -> float:
         """The chance that a token is right if those before it are."""
         length = _class(match, position)
         return self._right[length] / self._seen[length]
 
-    def _time(self, num_rows: int) -> float | None:
-        times = self._times.get(num_rows)
-        return median(tuple(times)) if times else None  # a copy: another thread may be adding to it
-
     def _seconds(self, num_rows: int) -> float:
         """What a pass of so many rows takes, measured or guessed."""
         # Fewer rows never take longer: a time that says so is a hiccup of the machine.
-        known = [time for rows in range(num_rows, MAX_DRAFTS + 2) if (time := self._time(rows))]
-        if self._time(num_rows):
+        known = [seconds for rows, seconds in self._medians.items() if rows >= num_rows]
+        if num_rows in self._medians:
             return min(known)
-        plain = self._time(1) or 1.0
+        plain = self._medians.get(1, 1.0)
         if num_rows == 1:
             return plain
         return min([self._seconds(num_rows - 1) + _ROW_SHARE * plain, *known])
