@@ -174,9 +174,9 @@ def fused_problem(device: str) -> str | None:
         return "they are for the CPU."
     if not find_spec("numba"):
         return "numba is not installed."
-    from engine.quantization.int4_layout import int4_block
+    from engine.quantization.int4_layout import torch_block
 
-    return None if int4_block() else "this torch packs int4 weights in an order that they do not know."
+    return None if torch_block() else "this torch packs int4 weights in an order that they do not know."
 
 
 def _told(path: Path | None) -> str | None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.kernels import fused_unavailable, int4_block, make_fused_stepper
+from engine.kernels import fused_unavailable, make_fused_stepper
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.models.feed_forward import FeedForward

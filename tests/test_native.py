@@ -13,10 +13,9 @@ import pytest
 
 from engine.kernels import native
 from engine.kernels.native import Kinds
-from engine.quantization.int4_layout import int4_block
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = Kinds("uint16", "uint16", "uint8" if int4_block() == 64 else "int32")
+KINDS = Kinds("uint16", "uint16", "uint8")
 
 
 def run(code: str, **environment: str) -> str:

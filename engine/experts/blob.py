@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kernels import store_block
+from engine.kernels import takes_tiles
 from engine.models.config import ModelConfig
 from engine.models.feed_forward import FeedForward
 from engine.quantization import WeightFormat
@@ -72,16 +72,16 @@ class BlobLayout:
         device = device or torch.device("cpu")
         linears = [fmt.pack(torch.zeros(shape), None, device) for shape in shapes]
         for linear in linears if device.type == "cpu" else ():
-            if isinstance(linear, Int4Linear) and (block := store_block(config)):
-                linear.interleave(block)
+            if isinstance(linear, Int4Linear) and takes_tiles(config):
+                linear.tile()
         return cls(FeedForward(*linears))
 
     def write(self, expert: FeedForward, blob: Tensor) -> None:
         """Put ``expert`` into ``blob``, uint8 ``[nbytes]``; its own codes may be put into another order for that."""
         matrices = _matrices(expert)
         for name, kind in self._kinds.items():
-            if isinstance(kind, Int4Linear) and kind.interleaved:
-                cast(Int4Linear, matrices[name]).interleave(kind.interleaved)
+            if isinstance(kind, Int4Linear) and kind.tiled:
+                cast(Int4Linear, matrices[name]).tile()
         for part in self._parts:
             tensor = matrices[part.matrix].tensors()[part.name].contiguous()
             blob[part.begin : part.end] = tensor.view(-1).view(torch.uint8)
@@ -101,9 +101,9 @@ class BlobLayout:
             for part in self._parts
         ]
 
-    def _order(self, part: _Part) -> int:
+    def _order(self, part: _Part) -> str:
         kind = self._kinds[part.matrix]
-        return kind.interleaved if isinstance(kind, Int4Linear) else 0
+        return "tiles" if isinstance(kind, Int4Linear) and kind.tiled else "torch"
 
 
 def checksum(blob: memoryview | bytes) -> int:

@@ -30,7 +30,7 @@ from engine.models.decoder import Decoder
 from engine.models.loader import expert_packer, load_decoder
 from engine.progress import Progress
 from engine.quantization import get_format
-from engine.quantization.int4_layout import int4_block
+from engine.quantization.int4_layout import torch_block
 
 _VERSION = 2  # of what the blobs hold; raise it when packing changes
 _CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def load_with_tiers(
 
 def layout_facts(layout: BlobLayout, device: torch.device = _CPU) -> dict[str, Any]:
     """What the bytes of a blob depend on besides the weights."""
-    order = int4_block() if device.type == "cpu" else device.type
+    order = torch_block() if device.type == "cpu" else device.type
     return {"layout": layout.describe(), "int4_block": order}
 
 

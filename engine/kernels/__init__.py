@@ -15,7 +15,7 @@ from engine.models.stepper import Stepper
 from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
 from engine.quantization.int4 import Int4Linear
-from engine.quantization.int4_layout import GROUP_SIZE, int4_block
+from engine.quantization.int4_layout import GROUP_SIZE, torch_block
 from engine.quantization.int8 import Int8Linear
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def fused_unavailable(decoder: Decoder) -> str | None:
     return _misfit(decoder.config, isinstance(linears[0], Int4Linear))
 
 
-def store_block(config: ModelConfig) -> int:
-    """Outputs per block in which these kernels want the int4 experts of a store interleaved; 0: torch runs the model,
-    and wants its own order."""
-    return 0 if _misfit(config, True) else int4_block() or 0
+def takes_tiles(config: ModelConfig) -> bool:
+    """Whether these kernels will run a model's int4 experts, and want them tiled in a store; torch wants its own
+    order."""
+    return _misfit(config, True) is None
 
 
 def _misfit(config: ModelConfig, int4: bool) -> str | None:
@@ -64,12 +64,8 @@ def _misfit(config: ModelConfig, int4: bool) -> str | None:
     unit = GROUP_SIZE if int4 else 16
     if any(inputs % unit for _, inputs in config.all_matrix_shapes()):
         return f"matrix inputs must be multiples of {unit}."
-    if int4:
-        block = int4_block()
-        if block is None:
-            return "this torch packs int4 weights in an order that they do not know."
-        if any(size % block for size in config.feed_forward_sizes):
-            return f"every feed-forward size must be a multiple of {block} for int4."
+    if int4 and torch_block() is None:
+        return "this torch packs int4 weights in an order that they do not know."
     return None if find_spec("numba") else "numba is not installed."
 
 
@@ -85,13 +81,13 @@ def make_fused_stepper(decoder: Decoder, num_threads: int | None = None) -> Fuse
     from engine.kernels.stepper import FusedStepper
     from engine.kernels.stream_stepper import FusedStreamStepper
 
-    num_threads, block = num_threads or torch.get_num_threads(), int4_block()
+    num_threads = num_threads or torch.get_num_threads()
     if isinstance(decoder, StreamedDecoder):
-        stepper: FusedStepper = FusedStreamStepper(decoder, num_threads, block)
+        stepper: FusedStepper = FusedStreamStepper(decoder, num_threads)
     elif decoder.config.experts is not None:
-        stepper = FusedExpertStepper(decoder, num_threads, block)
+        stepper = FusedExpertStepper(decoder, num_threads)
     else:
-        stepper = FusedStepper(decoder, num_threads, block)
+        stepper = FusedStepper(decoder, num_threads)
     _log.info("fused kernels ready after %.1f s", time.perf_counter() - began)
     return stepper
 

@@ -5,8 +5,8 @@ Only names: Python fills the block, and the compiled code reads it (:mod:`engine
 
 from __future__ import annotations
 
-# In int64 fields; the three counters have cache lines of their own.
-SEQUENCE, ARRIVED, TICKETS = 0, 16, 32
+# In int64 fields; the counters have cache lines of their own.
+SEQUENCE, ARRIVED = 0, 16
 (
     COMMAND, THREADS, ROWS, FIRST, LAST, HIDDEN, OUT, POSITIONS, WRITES, LAYERS, COS, SIN, CAPACITY,
     HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, EPS, QKV_BUFFER, MIXED, PARTS_BUFFER, ACT, GATE_UP, NORM, LINEAR,
@@ -19,17 +19,18 @@ ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS
     ROUTER_LOGITS, SIDE_ROWS, SIDE_QUERY, SIDE_OUTPUT, SIDE_ATTENTION, SIDE_FEED_FORWARD, SIDE_OUT,
 ) = range(81, 100)  # fmt: skip
 RANKS = 112  # per thread RANK_FIELDS
-RANK_FIELDS = 16
+RANK_FIELDS = 32
 (
-    EPOCH, BASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED, OWN_FACTORS,
+    EPOCH, PHASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED, OWN_FACTORS,
     OWN_PAIR, OWN_LOGITS,
 ) = range(14)  # fmt: skip
+TICKETS = 16  # two of them, which other threads may draw from as well
 RUN_LAYERS, RUN_MATMUL, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 7)
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.
 LINEAR_FIELDS = 6
 WEIGHT, SCALES, BIAS, OUTPUTS, INPUTS, PARTS = range(LINEAR_FIELDS)
-ROW_MAJOR_BLOCK = 32  # outputs of a task, of row-major weights
+BLOCK = 32  # outputs of a task, of any format
 
 # A layer's record: norms, window (0: none), cache, then four linears.
 ATTN_NORM, MLP_NORM, Q_NORM, K_NORM, WINDOW, KEYS, VALUES, QKV = range(8)

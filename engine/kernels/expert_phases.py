@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from engine.kernels.barrier import finish, take, wait
+from engine.kernels.barrier import take, wait
 from engine.kernels.control import (
     ADD_UP,
+    BLOCK,
     CHOSEN,
     EXPERT_ACT,
     EXPERT_COUNT,
@@ -59,7 +60,7 @@ from engine.kernels.control import (
     WEIGHTS,
 )  # fmt: skip
 from engine.kernels.intrinsics import get_f32, get_i64, put_f32, put_i64, top
-from engine.kernels.matmul import block_width, multiply_block, prepare_rows
+from engine.kernels.matmul import multiply_block, prepare_rows
 from engine.kernels.phases import add_raised_rows, attend_layer, lower_rows, matmul_phase, norm_rows
 from engine.kernels.rows import add_parts, add_scaled, copy_row, exp_row, silu_times
 
@@ -163,57 +164,74 @@ def run_experts(tag: Any, control: int, own: int, rank: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
+def _blocks(expert: int, linear: int, halves: int) -> int:
+    """Tasks of one expert's linear, whose outputs are as many ``halves`` computed together."""
+    return (get_i64(expert + 8 * (linear + OUTPUTS)) // halves + BLOCK - 1) // BLOCK
+
+
+@njit(nogil=True, error_model="numpy")
+def _all_blocks(control: int, linear: int, halves: int) -> int:
+    expert, tasks = get_i64(control + 8 * EXPERTS), 0
+    for _ in range(get_i64(control + 8 * NUM_EXPERTS)):
+        tasks += _blocks(expert, linear, halves)
+        expert += 8 * EXPERT_FIELDS
+    return tasks
+
+
+@njit(nogil=True, error_model="numpy")
 def _gate_up_phase(tag: Any, control: int, own: int) -> None:
     """SiLU(gate) * up of every expert; each task computes the same block of both."""
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
-    pair, width = get_i64(own + 8 * OWN_PAIR), block_width(tag)
-    expert, count = get_i64(control + 8 * EXPERTS), get_i64(control + 8 * NUM_EXPERTS)
-    begin, prepared, x = 0, 0, 0
-    task = take(control, own)
-    for _ in range(count):
+    pair, experts = get_i64(own + 8 * OWN_PAIR), get_i64(control + 8 * EXPERTS)
+    tasks = _all_blocks(control, EXPERT_GATE_UP, 2)
+    expert, begin, prepared, x = experts, 0, 0, 0
+    task = take(control, own, tasks)
+    while task >= 0:
+        if task < begin:  # what another thread has left
+            expert, begin = experts, 0
+        while task >= begin + _blocks(expert, EXPERT_GATE_UP, 2):
+            begin += _blocks(expert, EXPERT_GATE_UP, 2)
+            expert += 8 * EXPERT_FIELDS
         linear, rows = expert + 8 * EXPERT_GATE_UP, get_i64(expert + 8 * EXPERT_COUNT)
         size, source = get_i64(linear + 8 * OUTPUTS) // 2, get_i64(expert + 8 * EXPERT_IN)
-        end = begin + (size + width - 1) // width
-        while task < end:
-            if prepared != source:  # in decoding all experts take the same row
-                x = prepare_rows(tag, source, rows, get_i64(linear + 8 * INPUTS), rounded, extras)
-                prepared = source
-            output = (task - begin) * width
-            many = min(width, size - output)
-            multiply_block(tag, linear, output, 0, x, extras, pair, 2 * width, rows)
-            multiply_block(tag, linear, size + output, 0, x, extras, pair + 4 * width, 2 * width, rows)
-            for row in range(rows):
-                gate = pair + 8 * row * width
-                act = get_i64(expert + 8 * EXPERT_ACT) + 4 * (row * size + output)
-                silu_times(act, gate, gate + 4 * width, many)
-            task = take(control, own)
-        begin = end
-        expert += 8 * EXPERT_FIELDS
-    finish(control, own, begin)
+        if prepared != source:  # in decoding all experts take the same row
+            x = prepare_rows(tag, source, rows, get_i64(linear + 8 * INPUTS), rounded, extras)
+            prepared = source
+        output = (task - begin) * BLOCK
+        many = min(BLOCK, size - output)
+        multiply_block(tag, linear, output, 0, x, extras, pair, 2 * BLOCK, rows)
+        multiply_block(tag, linear, size + output, 0, x, extras, pair + 4 * BLOCK, 2 * BLOCK, rows)
+        for row in range(rows):
+            gate = pair + 8 * row * BLOCK
+            act = get_i64(expert + 8 * EXPERT_ACT) + 4 * (row * size + output)
+            silu_times(act, gate, gate + 4 * BLOCK, many)
+        task = take(control, own, tasks)
+    wait(control, own)
 
 
 @njit(nogil=True, error_model="numpy")
 def _down_phase(tag: Any, control: int, own: int) -> None:
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
-    width = block_width(tag)
-    expert, count = get_i64(control + 8 * EXPERTS), get_i64(control + 8 * NUM_EXPERTS)
-    begin = 0
-    task = take(control, own)
-    for _ in range(count):
+    experts = get_i64(control + 8 * EXPERTS)
+    tasks = _all_blocks(control, EXPERT_DOWN, 1)
+    expert, begin, prepared, x = experts, 0, 0, 0
+    task = take(control, own, tasks)
+    while task >= 0:
+        if task < begin:  # what another thread has left
+            expert, begin = experts, 0
+        while task >= begin + _blocks(expert, EXPERT_DOWN, 1):
+            begin += _blocks(expert, EXPERT_DOWN, 1)
+            expert += 8 * EXPERT_FIELDS
         linear, rows = expert + 8 * EXPERT_DOWN, get_i64(expert + 8 * EXPERT_COUNT)
-        outputs = get_i64(linear + 8 * OUTPUTS)
-        end = begin + (outputs + width - 1) // width
-        if task < end:
-            act = get_i64(expert + 8 * EXPERT_ACT)
+        outputs, act = get_i64(linear + 8 * OUTPUTS), get_i64(expert + 8 * EXPERT_ACT)
+        if prepared != act:
             x = prepare_rows(tag, act, rows, get_i64(linear + 8 * INPUTS), rounded, extras)
-            while task < end:
-                output = (task - begin) * width
-                target = get_i64(expert + 8 * EXPERT_OUT) + 4 * output
-                multiply_block(tag, linear, output, 0, x, extras, target, outputs, rows)
-                task = take(control, own)
-        begin = end
-        expert += 8 * EXPERT_FIELDS
-    finish(control, own, begin)
+            prepared = act
+        output = (task - begin) * BLOCK
+        target = get_i64(expert + 8 * EXPERT_OUT) + 4 * output
+        multiply_block(tag, linear, output, 0, x, extras, target, outputs, rows)
+        task = take(control, own, tasks)
+    wait(control, own)
 
 
 @njit(nogil=True, error_model="numpy")

@@ -22,7 +22,6 @@ from engine.quantization.dense import DenseLinear
 
 _MAX_RECORDS = 128  # of a command
 _RECORD = struct.Struct(f"={control.EXPERT_FIELDS}q")
-_WIDEST_BLOCK = 64  # outputs of a task, of any format
 
 Descriptors: TypeAlias = tuple[int, ...]  # of gate and up, and of down
 
@@ -71,7 +70,7 @@ class FusedExpertStepper(FusedStepper):
 
     patience = 100_000  # about 4 ms: to wake a worker up behind every load that is waited for takes as long as the load
 
-    def __init__(self, decoder: Decoder, num_threads: int, int4_block: int | None = 64) -> None:
+    def __init__(self, decoder: Decoder, num_threads: int) -> None:
         layers = range(decoder.config.num_layers)
         # Those with experts and, for what watches, those right before them.
         self._apart = {
@@ -81,7 +80,7 @@ class FusedExpertStepper(FusedStepper):
         # What all rows go through: the shared expert, or a dense layer.
         self._shared: dict[int, Descriptors] = {}
         self._experts: weakref.WeakKeyDictionary[FeedForward, Descriptors] = weakref.WeakKeyDictionary()
-        super().__init__(decoder, num_threads, int4_block)
+        super().__init__(decoder, num_threads)
 
     def run_rows(
         self,
@@ -242,7 +241,7 @@ class FusedExpertStepper(FusedStepper):
         self._logits = np.zeros((self.num_threads, 2 * experts.num_experts + 32), np.float32)
         for rank in range(self.num_threads):
             own = control.RANKS + rank * control.RANK_FIELDS
-            block[own + control.OWN_PAIR] = self.buffer(2 * _WIDEST_BLOCK)
+            block[own + control.OWN_PAIR] = self.buffer(2 * control.BLOCK)
             block[own + control.OWN_LOGITS] = self._logits[rank].ctypes.data
 
 

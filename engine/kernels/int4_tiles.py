@@ -1,28 +1,26 @@
 """int4 weights times activations rounded to 8 bits, in integers.
 
-Activations are rounded per group of 32 inputs, ``x = step * q`` with ``q`` in -127 .. 127 (as llama.cpp does
-for its Q8_1). A group's products then add up exactly in 16 bits: ``sum((code - 8) * q)`` lies within
-8 * 127 * 32 = 32512, so the sum of ``code * q`` may wrap around on the way once ``-8 * sum(q)`` is added. Integer
-sums have no order, and each row's floats are combined group by group as if it were alone: rows are
-batch-invariant bit for bit.
+Activations are rounded per group of 32 inputs, ``x = step * q`` with ``q`` in -127 .. 127 (as llama.cpp does for its
+Q8_0). A group's ``sum((code - 8) * q)`` is the sum of ``code * q`` and of ``-8 * sum(q)``. Integer sums have no order, and
+each row's floats are combined group by group as if it were alone: rows are batch-invariant bit for bit, and the same
+whichever instructions the processor has.
 """
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engine.kernels.byte_dots import ByteDots, available
+from engine.kernels.control import BLOCK
 from engine.kernels.intrinsics import (
     AHEAD,
     F32,
     I8,
-    I16,
     I32,
     I64,
     LANES,
@@ -43,108 +41,85 @@ from engine.kernels.intrinsics import (
 GROUP = 32  # inputs per scale, of weights and of activations
 # What is kept of a row's group beside its 32 int8 inputs: step (float), sum(q) (float), -8 * sum(q) (int32).
 GROUP_BYTES = 16
-_SCALE_AHEAD = 4  # groups by which scales are prefetched: their lines are far apart
-_BYTES, _WORDS = ir.VectorType(I8, 2 * LANES), ir.VectorType(I16, LANES)
-_TWICE = ir.VectorType(
-    I32, LANES // 2
-)  # pairs of inputs, each stored twice: the load that spreads 4 bytes is free
+_LINE = 64  # bytes: four inputs of all outputs of a block
+_CODE_BYTES, _PAIR_BYTES = GROUP * BLOCK // 2, 4 * BLOCK  # of a group
 _ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even
 
 
-def _is_x86_with_avx2() -> bool:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and bool(llvmlite.binding.get_host_cpu_features().get("avx2"))
-
-
-def _pair_products(builder: Any, unsigned: Any, signed: Any) -> Any:
-    """``u[2i] * s[2i] + u[2i + 1] * s[2i + 1]`` of 32 bytes each, in 16 words."""
-    if _is_x86_with_avx2():
-        kind = ir.FunctionType(_WORDS, [_BYTES, _BYTES])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.ub.sw")
-        return builder.call(function, [unsigned, signed])
-    words = ir.VectorType(I16, 2 * LANES)
-    products = builder.mul(builder.zext(unsigned, words), builder.sext(signed, words))
-    undefined = ir.Constant(words, ir.Undefined)
-    even, odd = (
-        builder.shuffle_vector(products, undefined, ir.Constant(VI32, list(range(first, 2 * LANES, 2))))
-        for first in (0, 1)
-    )
-    return builder.add(even, odd)
-
-
-def _splat(builder: Any, scalar: Any, kind: Any = _WORDS) -> Any:
-    undefined = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(undefined, scalar, I32(0))
-    return builder.shuffle_vector(
-        first, undefined, ir.Constant(ir.VectorType(I32, kind.count), [0] * kind.count)
-    )
-
-
-def _int4_tile(rows: int, block: int) -> Any:
-    """Tile of ``rows`` rows by ``block`` outputs of the layout that
-    :meth:`engine.quantization.int4.Int4Linear.interleave` makes. Scale and zero are a pair of bf16."""
-    vectors, half = block // LANES, block // LANES // 2
+def int4_tile(rows: int, dots: ByteDots) -> Any:
+    """Tile of ``rows`` rows by 32 outputs of the layout that :mod:`engine.quantization.int4_layout` describes: codes and,
+    as pairs of bf16, scales and zeros of ``groups`` groups, one behind the other."""
+    lanes = dots.lanes
+    codes_kind, ints = ir.VectorType(I8, 4 * lanes), ir.VectorType(I32, lanes)
+    floats = ir.VectorType(F32, lanes)
+    # Bytes of a line that are taken at once: their low halves are outputs from ``j`` on, their high ones from 16 + j.
+    pieces = range(0, LANES, lanes)
+    cells = [(r, v) for r in range(rows) for v in range(0, BLOCK, lanes)]
 
     @intrinsic
     def tile(
-        typingctx: Any, packed: Any, scales: Any, scale_step: Any, groups: Any,
+        typingctx: Any, packed: Any, scales: Any, groups: Any,
         x: Any, x_step: Any, extras: Any, extras_step: Any, out: Any, out_step: Any,
     ) -> Any:  # fmt: skip
+        def add_group(
+            builder: Any, codes: Any, pairs: Any, inputs: list[Any], own: list[Any], result: Any
+        ) -> None:
+            first = [
+                splat(builder, load(builder, offset(builder, own[r], 8), I32), lanes) for r in range(rows)
+            ]
+            step = [splat(builder, load(builder, own[r], F32), lanes) for r in range(rows)]
+            sum_ = [
+                splat(builder, load(builder, offset(builder, own[r], 4), F32), lanes) for r in range(rows)
+            ]
+            for ahead in range(0, _CODE_BYTES, _LINE):
+                prefetch(builder, offset(builder, codes, AHEAD + ahead))
+            for ahead in range(0, _PAIR_BYTES, _LINE):
+                prefetch(builder, offset(builder, pairs, AHEAD * _PAIR_BYTES // _CODE_BYTES + ahead))
+            for piece in pieces:
+                totals = {
+                    (r, half): dots.start(builder, first[r]) for r in range(rows) for half in (0, LANES)
+                }
+                for line in range(GROUP // 4):
+                    raw = load(builder, offset(builder, codes, _LINE * line + 4 * piece), codes_kind)
+                    low = builder.and_(raw, constant(15, codes_kind))
+                    high = builder.lshr(raw, constant(4, codes_kind))
+                    for r in range(rows):
+                        four = splat(builder, load(builder, offset(builder, inputs[r], 4 * line), I32), lanes)
+                        four = builder.bitcast(four, codes_kind)
+                        for half, unsigned in ((0, low), (LANES, high)):
+                            totals[r, half] = dots.add(builder, totals[r, half], unsigned, four)
+                for half in (0, LANES):
+                    both = load(builder, offset(builder, pairs, 4 * (half + piece)), ints)
+                    scale = builder.bitcast(builder.shl(both, constant(16, ints)), floats)
+                    zero = builder.bitcast(builder.and_(both, constant(-65536, ints)), floats)
+                    for r in range(rows):
+                        value = builder.sitofp(dots.sums(builder, totals[r, half], first[r]), floats)
+                        value = fma(builder, zero, sum_[r], builder.fmul(scale, value))
+                        cell = result[r, half + piece]
+                        builder.store(fma(builder, step[r], value, builder.load(cell)), cell)
+
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            codes, pairs, pair_step, count, left, left_step, extra, extra_step, target, target_step = args
-            grid = [(r, v) for r in range(rows) for v in range(vectors)]
-            result = {cell: cgutils.alloca_once_value(builder, constant(0.0)) for cell in grid}
-            total = {cell: cgutils.alloca_once(builder, _WORDS) for cell in grid}
-            row_x = [offset(builder, left, builder.mul(left_step, I64(2 * r))) for r in range(rows)]
+            codes, pairs, count, left, left_step, extra, extra_step, target, target_step = args
+            result = {cell: cgutils.alloca_once(builder, floats) for cell in cells}
+            for total in result.values():
+                builder.store(constant(0.0, floats), total)
+            row_x = [offset(builder, left, builder.mul(left_step, I64(r))) for r in range(rows)]
             row_extra = [offset(builder, extra, builder.mul(extra_step, I64(r))) for r in range(rows)]
             with cgutils.for_range(builder, count, intp=I64) as loop:
-                group = loop.index
-                group_pairs = offset(builder, pairs, builder.mul(group, pair_step))
-                ahead = offset(builder, group_pairs, builder.mul(pair_step, I64(_SCALE_AHEAD)))
-                for v in range(vectors):
-                    prefetch(builder, offset(builder, ahead, 4 * LANES * v))
-                own = [
-                    offset(builder, row_extra[r], builder.mul(group, I64(GROUP_BYTES))) for r in range(rows)
-                ]
-                start = [
-                    builder.trunc(load(builder, offset(builder, own[r], 8), I32), I16) for r in range(rows)
-                ]
-                base = offset(builder, codes, builder.mul(group, I64(GROUP * block // 2)))
-                for cell in grid:
-                    builder.store(_splat(builder, start[cell[0]]), total[cell])
-                inputs = [offset(builder, row_x[r], builder.mul(group, I64(2 * GROUP))) for r in range(rows)]
-                with cgutils.for_range(builder, I64(GROUP // 2), intp=I64) as inner:
-                    line = offset(builder, base, builder.mul(inner.index, I64(block)))
-                    prefetch(builder, offset(builder, line, AHEAD))
-                    pair = builder.mul(inner.index, I64(4))
-                    twice = [load(builder, offset(builder, inputs[r], pair), I32) for r in range(rows)]
-                    signed = [builder.bitcast(_splat(builder, t, _TWICE), _BYTES) for t in twice]
-                    for b in range(half):
-                        raw = load(builder, offset(builder, line, 2 * LANES * b), _BYTES)
-                        low = builder.and_(raw, ir.Constant(_BYTES, [15] * 2 * LANES))
-                        high = builder.lshr(raw, ir.Constant(_BYTES, [4] * 2 * LANES))
-                        for r in range(rows):
-                            for v, unsigned in ((b, low), (half + b, high)):
-                                products = _pair_products(builder, unsigned, signed[r])
-                                cell = total[r, v]
-                                builder.store(builder.add(builder.load(cell), products), cell)
-                steps = [splat(builder, load(builder, own[r], F32)) for r in range(rows)]
-                sums = [splat(builder, load(builder, offset(builder, own[r], 4), F32)) for r in range(rows)]
-                for v in range(vectors):
-                    both = load(builder, offset(builder, group_pairs, 4 * LANES * v), VI32)
-                    scale = builder.bitcast(builder.shl(both, constant(16, VI32)), VF32)
-                    zero = builder.bitcast(builder.and_(both, constant(-65536, VI32)), VF32)
-                    for r in range(rows):
-                        value = builder.sitofp(builder.sext(builder.load(total[r, v]), VI32), VF32)
-                        value = fma(builder, zero, sums[r], builder.fmul(scale, value))
-                        cell = result[r, v]
-                        builder.store(fma(builder, steps[r], value, builder.load(cell)), cell)
-            for r, v in grid:
-                at = offset(builder, target, builder.mul(target_step, I64(4 * r)), 4 * LANES * v)
-                store(builder, builder.load(result[r, v]), at)
+                add_group(
+                    builder,
+                    offset(builder, codes, builder.mul(loop.index, I64(_CODE_BYTES))),
+                    offset(builder, pairs, builder.mul(loop.index, I64(_PAIR_BYTES))),
+                    [offset(builder, at, builder.mul(loop.index, I64(GROUP))) for at in row_x],
+                    [offset(builder, at, builder.mul(loop.index, I64(GROUP_BYTES))) for at in row_extra],
+                    result,
+                )
+            for (r, v), total in result.items():
+                at = offset(builder, target, builder.mul(target_step, I64(4 * r)), 4 * v)
+                store(builder, builder.load(total), at)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), codegen
+        return types.void(*[types.int64] * 9), codegen
 
     return tile
 
@@ -168,11 +143,7 @@ def round_groups(typingctx: Any, x: Any, out: Any, extras: Any, groups: Any) -> 
                 rounded = builder.fsub(scaled, constant(_ROUNDER))
                 total = rounded if total is None else builder.fadd(total, rounded)
                 codes = builder.trunc(builder.fptosi(rounded, VI32), ir.VectorType(I8, LANES))
-                pairs = builder.bitcast(codes, ir.VectorType(I16, LANES // 2))
-                twice = ir.Constant(VI32, [i // 2 for i in range(LANES)])
-                pairs = builder.shuffle_vector(pairs, ir.Constant(pairs.type, ir.Undefined), twice)
-                at_out = offset(builder, target, builder.mul(loop.index, I64(2 * GROUP)), 2 * LANES * h)
-                store(builder, pairs, at_out)
+                store(builder, codes, offset(builder, target, builder.mul(loop.index, I64(GROUP)), LANES * h))
             sum_ = reduce_tree(builder, total)
             own = offset(builder, extra, builder.mul(loop.index, I64(GROUP_BYTES)))
             store(builder, step, own)
@@ -188,5 +159,4 @@ def _magnitude(builder: Any, value: Any) -> Any:
     return builder.bitcast(bits, VF32)
 
 
-int4_64_1, int4_64_2, int4_64_3, int4_64_4 = (_int4_tile(rows, 64) for rows in (1, 2, 3, 4))
-int4_32_1, int4_32_2, int4_32_3, int4_32_4 = (_int4_tile(rows, 32) for rows in (1, 2, 3, 4))
+TILES = tuple(int4_tile(rows, next(iter(available().values()))) for rows in (1, 2, 3, 4))

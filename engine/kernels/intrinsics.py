@@ -39,24 +39,23 @@ def store(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, pointer(builder, address, value.type)).align = 1
 
 
-def splat(builder: Any, scalar: Any) -> Any:
+def splat(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
     """A vector with ``scalar`` in every lane."""
-    vector = ir.VectorType(scalar.type, LANES)
+    vector = ir.VectorType(scalar.type, lanes)
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(I32, 0))
-    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(VI32, [0] * LANES))
+    return _lanes(builder, first, None, [0] * lanes)
 
 
 def constant(value: float | int, kind: Any = VF32) -> Any:
     """A vector constant."""
-    return ir.Constant(kind, [value] * LANES)
+    return ir.Constant(kind, [value] * kind.count)
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """``a * b + c``, rounded once."""
-    kind = ir.FunctionType(VF32, [VF32] * 3)
-    return builder.call(
-        cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c]
-    )
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    name = f"llvm.fma.v{a.type.count}f32"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [a, b, c])
 
 
 def offset(builder: Any, address: Any, *terms: Any) -> Any:
@@ -109,6 +108,16 @@ def _lanes(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     """Lanes of ``a`` and, counted on, of ``b``."""
     b = ir.Constant(a.type, ir.Undefined) if b is None else b
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+def lanes_of(builder: Any, vector: Any, first: int, count: int, step: int = 1) -> Any:
+    """``count`` lanes of a vector, every ``step``-th from ``first`` on."""
+    return _lanes(builder, vector, None, list(range(first, first + step * count, step)))
+
+
+def join(builder: Any, low: Any, high: Any) -> Any:
+    """Two vectors as one."""
+    return _lanes(builder, low, high, list(range(2 * low.type.count)))
 
 
 # Bytes by which a stream of weights is asked for before it is used. Measured from 0 to 16384, into either cache: near

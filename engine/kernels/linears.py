@@ -13,22 +13,16 @@ from engine.quantization.int8 import Int8Linear
 
 
 class LinearTable:
-    """Descriptors of linears (:mod:`engine.kernels.control`), and all that they point at, kept alive.
+    """Descriptors of linears (:mod:`engine.kernels.control`), and all that they point at, kept alive."""
 
-    Args:
-        int4_block: outputs per block in this torch's int4 layout, 64 or 32.
-    """
-
-    def __init__(self, int4_block: int) -> None:
-        self._int4_block = int4_block
-        self.int4_kind = "uint8" if int4_block == 64 else "int32"
+    def __init__(self) -> None:
         self._kept: list[Tensor] = []
         self._linears: dict[tuple[int, int], tuple[Linear, np.ndarray]] = {}
 
     def kind(self, linear: Linear) -> str:
         """The dtype that chooses the compiled code for ``linear``."""
         if isinstance(linear, Int4Linear):
-            return self.int4_kind
+            return "uint8"
         if isinstance(linear, Int8Linear):
             return "int8"
         assert isinstance(linear, DenseLinear)
@@ -57,7 +51,7 @@ class LinearTable:
 
     def _descriptor(self, linear: Linear, bias: int, parts: int) -> np.ndarray:
         if isinstance(linear, Int4Linear):
-            linear.interleave(self._int4_block)
+            linear.tile()
             weight, scales = linear.packed, linear.scales_and_zeros.data_ptr()
         elif isinstance(linear, Int8Linear):
             weight, scales = linear.weight, linear.scales.data_ptr()

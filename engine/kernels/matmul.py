@@ -4,8 +4,8 @@ A linear's descriptor is six int64: weights, scales, bias (0: none), N, K, numbe
 inputs into parts gives even work to the threads; it depends on the shape alone, never on the threads, and
 the reader adds the parts in order.
 
-The weight type is told by a tag argument: uint8 int4 in blocks of 64, int32 int4 in blocks of 32,
-int8, uint16 bfloat16, float32. Each type is compiled only when it is used.
+The weight type is told by a tag argument: uint8 int4, int8, uint16 bfloat16, float32. Each type is compiled
+only when it is used.
 """
 
 from __future__ import annotations
@@ -18,18 +18,14 @@ from numba.extending import overload
 
 from engine.kernels import int4_tiles as int4
 from engine.kernels import tiles
-from engine.kernels.control import BIAS, INPUTS, OUTPUTS, PARTS, ROW_MAJOR_BLOCK, SCALES
+from engine.kernels.control import BIAS, BLOCK, INPUTS, OUTPUTS, PARTS, SCALES
 from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
 
 _GROUP, _GROUP_BYTES = int4.GROUP, int4.GROUP_BYTES
 _BF16 = np.uint16(0)
 
+_t1, _t2, _t3, _t4 = int4.TILES
 _d1, _d2, _d3, _d4 = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4
-
-
-def block_width(tag: Any) -> int:
-    """Outputs per block (numba functions only)."""
-    raise NotImplementedError
 
 
 def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
@@ -49,16 +45,6 @@ def multiply_block(
     raise NotImplementedError
 
 
-@overload(block_width, inline="always")
-def _block_width(tag: Any) -> Any:
-    width = {types.uint8: 64, types.int32: 32}.get(tag, ROW_MAJOR_BLOCK)
-
-    def width_of(tag: Any) -> int:
-        return width
-
-    return width_of
-
-
 @njit(nogil=True, error_model="numpy")
 def _int4_tail(
     linear: int, output: int, first: int, last: int, x: int, extras: int, out: int, out_step: int, rows: int
@@ -67,7 +53,7 @@ def _int4_tail(
     packed, scales = get_i64(linear), get_i64(linear + 8 * SCALES)
     n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
     width = n - output
-    base = packed + output * k // 2
+    base, pairs = packed + output * k // 2, scales + 4 * (output * k // _GROUP)
     for row in range(rows):
         for j in range(width):
             total = np.float32(0.0)
@@ -76,9 +62,9 @@ def _int4_tail(
                 products = 0
                 for i in range(group * _GROUP, (group + 1) * _GROUP):
                     code = (get_i8(base + (i * width + j) // 2) >> (4 * (j & 1))) & 15
-                    rounded = get_i8(x + 2 * row * k + 4 * (i // 2) + i % 2)
+                    rounded = get_i8(x + row * k + i)
                     products += (code - 8) * (rounded - 256 * (rounded >> 7))
-                pair = scales + 4 * (group * n + output + j)
+                pair = pairs + 4 * (group * width + j)
                 scale, zero = get_wide(_BF16, pair), get_wide(_BF16, pair + 2)
                 total += get_f32(extra) * (scale * np.float32(products) + zero * get_f32(extra + 4))
             put_f32(out + 4 * (row * out_step + j), total)
@@ -94,43 +80,35 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
                 put_f32(at, get_f32(at) + get_f32(bias + 4 * (output + j)))
 
 
-def _int4_block(width: int, tile_1: Any, tile_2: Any, tile_3: Any, tile_4: Any) -> Any:
-    """The function for one block of ``width`` outputs, made of tiles of one to four rows."""
-
-    @njit(nogil=True, error_model="numpy")
-    def block(
-        linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
-    ) -> None:
-        n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
-        groups, parts = k // _GROUP, get_i64(linear + 8 * PARTS)
-        first, last = part * groups // parts, (part + 1) * groups // parts
-        if n - output < width:
-            _int4_tail(linear, output, first, last, x, extras, out, out_step, rows)
-        else:
-            codes = get_i64(linear) + output * k // 2 + first * (_GROUP * width // 2)
-            pairs = get_i64(linear + 8 * SCALES) + 4 * (first * n + output)
-            count, step = last - first, _GROUP_BYTES * groups
-            for row in range(0, rows, 4):
-                a = x + 2 * (row * k + first * _GROUP)
-                e = extras + row * step + first * _GROUP_BYTES
-                o = out + 4 * row * out_step
-                left = rows - row
-                if left >= 4:
-                    tile_4(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
-                elif left == 3:
-                    tile_3(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
-                elif left == 2:
-                    tile_2(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
-                else:
-                    tile_1(codes, pairs, 4 * n, count, a, k, e, step, o, out_step)
-        if part == 0:
-            _add_bias(linear, output, min(width, n - output), out, out_step, rows)
-
-    return block
-
-
-_int4_64_block = _int4_block(64, int4.int4_64_1, int4.int4_64_2, int4.int4_64_3, int4.int4_64_4)
-_int4_32_block = _int4_block(32, int4.int4_32_1, int4.int4_32_2, int4.int4_32_3, int4.int4_32_4)
+@njit(nogil=True, error_model="numpy")
+def _int4_block(
+    linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
+) -> None:
+    n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
+    groups, parts = k // _GROUP, get_i64(linear + 8 * PARTS)
+    first, last = part * groups // parts, (part + 1) * groups // parts
+    width = min(BLOCK, n - output)
+    if width < BLOCK:
+        _int4_tail(linear, output, first, last, x, extras, out, out_step, rows)
+    else:
+        codes = get_i64(linear) + output * k // 2 + first * (_GROUP * BLOCK // 2)
+        pairs = get_i64(linear + 8 * SCALES) + 4 * (output * groups + first * BLOCK)
+        count, step = last - first, _GROUP_BYTES * groups
+        for row in range(0, rows, 4):
+            a = x + row * k + first * _GROUP
+            e = extras + row * step + first * _GROUP_BYTES
+            o = out + 4 * row * out_step
+            left = rows - row
+            if left >= 4:
+                _t4(codes, pairs, count, a, k, e, step, o, out_step)
+            elif left == 3:
+                _t3(codes, pairs, count, a, k, e, step, o, out_step)
+            elif left == 2:
+                _t2(codes, pairs, count, a, k, e, step, o, out_step)
+            else:
+                _t1(codes, pairs, count, a, k, e, step, o, out_step)
+    if part == 0:
+        _add_bias(linear, output, width, out, out_step, rows)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -142,7 +120,7 @@ def _row_major_block(
     first, last = part * steps // parts * 16, (part + 1) * steps // parts * 16
     count, step = last - first, k * size
     base = get_i64(linear) + output * step + first * size
-    width = min(ROW_MAJOR_BLOCK, n - output)
+    width = min(BLOCK, n - output)
     for row in range(0, rows, 4):
         a, left = x + 4 * (row * k + first), rows - row
         for j in range(width):
@@ -167,7 +145,7 @@ def _row_major_block(
 
 @overload(prepare_rows)
 def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
-    if tag not in (types.uint8, types.int32):
+    if tag != types.uint8:
 
         def same(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
             return x
@@ -178,7 +156,7 @@ def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras:
         groups = count // _GROUP
         for row in range(rows):
             own = extras + _GROUP_BYTES * row * groups
-            int4.round_groups(x + 4 * row * count, rounded + 2 * row * count, own, groups)
+            int4.round_groups(x + 4 * row * count, rounded + row * count, own, groups)
         return rounded
 
     return prepare
@@ -188,8 +166,7 @@ def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras:
 def _multiply_block(
     tag: Any, linear: Any, output: Any, part: Any, x: Any, extras: Any, out: Any, out_step: Any, rows: Any
 ) -> Any:
-    if tag in (types.uint8, types.int32):
-        block = _int4_64_block if tag == types.uint8 else _int4_32_block
+    if tag == types.uint8:
 
         def multiply(
             tag: Any,
@@ -202,7 +179,7 @@ def _multiply_block(
             out_step: Any,
             rows: Any,
         ) -> None:
-            block(linear, output, part, x, extras, out, out_step, rows)
+            _int4_block(linear, output, part, x, extras, out, out_step, rows)
 
         return multiply
     size = {types.int8: 1, types.uint16: 2, types.float32: 4}[tag]

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from engine.kernels.barrier import finish, take
+from engine.kernels.barrier import take, wait
 from engine.kernels.control import (
     ACT,
     ATTN_NORM,
+    BLOCK,
     CAPACITY,
     COS,
     DOWN_ADAPTER,
@@ -63,7 +64,6 @@ from engine.kernels.control import (
     Q_NORM,
     QKV,
     QKV_BUFFER,
-    ROW_MAJOR_BLOCK,
     ROWS,
     SIN,
     VALUES,
@@ -72,7 +72,7 @@ from engine.kernels.control import (
     WRITES,
 )  # fmt: skip
 from engine.kernels.intrinsics import dot, dots, get_f32, get_i64, mix, mix_narrow, put_f32, put_rounded, top
-from engine.kernels.matmul import block_width, multiply_block, prepare_rows
+from engine.kernels.matmul import multiply_block, prepare_rows
 from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row, rotate_row, scale_row, silu_times
 
 _FLOAT32 = np.float32(0.0)
@@ -86,17 +86,16 @@ def matmul_phase(tag: Any, control: int, own: int, linear: int, x: int, rows: in
     outputs, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * PARTS)
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
     x = prepare_rows(tag, x, rows, get_i64(linear + 8 * INPUTS), rounded, extras)
-    width = block_width(tag)
-    blocks = (outputs + width - 1) // width
+    blocks = (outputs + BLOCK - 1) // BLOCK
     tasks = blocks * parts
-    task = take(control, own)
-    while task < tasks:
+    task = take(control, own, tasks)
+    while task >= 0:
         block, part = task // parts, task % parts
-        output = block * width
+        output = block * BLOCK
         target = out + 4 * (part * rows * outputs + output)
         multiply_block(tag, linear, output, part, x, extras, target, outputs, rows)
-        task = take(control, own)
-    finish(control, own, tasks)
+        task = take(control, own, tasks)
+    wait(control, own)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -104,7 +103,7 @@ def _lower(own: int, adapter: int, x: int) -> None:
     """An adapter's first half on one row, into this thread's own scratch."""
     low = get_i64(own + 8 * OWN_LOW)
     rank = get_i64(adapter + 8 * OUTPUTS)
-    for output in range(0, rank, ROW_MAJOR_BLOCK):
+    for output in range(0, rank, BLOCK):
         multiply_block(ADAPTER_TAG, adapter, output, 0, x, x, low + 4 * output, rank, 1)
 
 
@@ -113,9 +112,9 @@ def _add_raised(own: int, adapter: int, first: int, count: int, out: int) -> Non
     """Add outputs ``first .. first + count`` of an adapter's second half to ``out``; ``count`` in 16s."""
     up = adapter + 8 * LINEAR_FIELDS
     low, raised = get_i64(own + 8 * OWN_LOW), get_i64(own + 8 * OWN_RAISED)
-    for output in range(0, count, ROW_MAJOR_BLOCK):
-        multiply_block(ADAPTER_TAG, up, first + output, 0, low, low, raised, ROW_MAJOR_BLOCK, 1)
-        add_parts(out + 4 * output, raised, 0, 1, min(ROW_MAJOR_BLOCK, count - output))
+    for output in range(0, count, BLOCK):
+        multiply_block(ADAPTER_TAG, up, first + output, 0, low, low, raised, BLOCK, 1)
+        add_parts(out + 4 * output, raised, 0, 1, min(BLOCK, count - output))
 
 
 @njit(nogil=True, error_model="numpy")
@@ -128,12 +127,11 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
     if adapter != 0:
         _lower(own, adapter, x + 4 * inputs)
     x = prepare_rows(tag, x, rows, inputs, rounded, extras)
-    width = block_width(tag)
-    tasks = (size + width - 1) // width
-    task = take(control, own)
-    while task < tasks:
-        output = task * width
-        count = min(width, size - output)
+    tasks = (size + BLOCK - 1) // BLOCK
+    task = take(control, own, tasks)
+    while task >= 0:
+        output = task * BLOCK
+        count = min(BLOCK, size - output)
         for half in range(2):
             column = half * size + output
             multiply_block(tag, linear, column, 0, x, extras, raw + 4 * column, 2 * size, rows)
@@ -142,8 +140,8 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
         for row in range(rows):
             gate = raw + 4 * (row * 2 * size + output)
             silu_times(act + 4 * (row * size + output), gate, gate + 4 * size, count)
-        task = take(control, own)
-    finish(control, own, tasks)
+        task = take(control, own, tasks)
+    wait(control, own)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -301,18 +299,18 @@ def _attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, 
             put_f32(get_i64(own + 8 * OWN_FACTORS) + 4 * row, factor)
     if adapter != 0:
         _lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)))
-    task = take(control, own)
-    while task < tasks:
+    task = take(control, own, tasks)
+    while task >= 0:
         _attend(kv, kv_size, control, own, layer, task // heads, task % heads, adapter)
-        task = take(control, own)
-    finish(control, own, tasks)
+        task = take(control, own, tasks)
+    wait(control, own)
 
 
 @njit(nogil=True, error_model="numpy")
 def lower_rows(own: int, adapter: int, x: int, rows: int) -> None:
     """An adapter's first half on some rows, into this thread's own scratch."""
     low, rank = get_i64(own + 8 * OWN_LOW), get_i64(adapter + 8 * OUTPUTS)
-    for output in range(0, rank, ROW_MAJOR_BLOCK):
+    for output in range(0, rank, BLOCK):
         multiply_block(ADAPTER_TAG, adapter, output, 0, x, x, low + 4 * output, rank, rows)
 
 
@@ -321,11 +319,11 @@ def add_raised_rows(own: int, adapter: int, rows: int, out: int) -> None:
     """Add an adapter's second half to ``out``, of the rows that :func:`lower_rows` was given."""
     up = adapter + 8 * LINEAR_FIELDS
     low, raised, size = get_i64(own + 8 * OWN_LOW), get_i64(own + 8 * OWN_RAISED), get_i64(up + 8 * OUTPUTS)
-    for output in range(0, size, ROW_MAJOR_BLOCK):
-        multiply_block(ADAPTER_TAG, up, output, 0, low, low, raised, ROW_MAJOR_BLOCK, rows)
-        count = min(ROW_MAJOR_BLOCK, size - output)
+    for output in range(0, size, BLOCK):
+        multiply_block(ADAPTER_TAG, up, output, 0, low, low, raised, BLOCK, rows)
+        count = min(BLOCK, size - output)
         for row in range(rows):
-            add_parts(out + 4 * (row * size + output), raised + 4 * row * ROW_MAJOR_BLOCK, 0, 1, count)
+            add_parts(out + 4 * (row * size + output), raised + 4 * row * BLOCK, 0, 1, count)
 
 
 @njit(nogil=True, error_model="numpy")

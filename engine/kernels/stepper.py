@@ -17,7 +17,7 @@ from engine.models.decoder import Decoder, LayerWeights
 from engine.models.feed_forward import FeedForward
 from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
-from engine.quantization.int4 import GROUP_SIZE, Int4Linear
+from engine.quantization.int4_layout import GROUP_SIZE, torch_block
 
 MAX_ROWS = 64  # a prefill takes as many at once
 _MIN_TASKS = 24  # split a matmul's inputs until there are about this many tasks
@@ -35,19 +35,18 @@ class FusedStepper:
     max_rows = MAX_ROWS
     patience = PATIENCE
 
-    def __init__(self, decoder: Decoder, num_threads: int, int4_block: int | None = 64) -> None:
+    def __init__(self, decoder: Decoder, num_threads: int) -> None:
         self.decoder = decoder
         self.num_threads = num_threads
-        self._int4_block = int4_block or 64
-        self.table = LinearTable(self._int4_block)
+        self.table = LinearTable()
         self._kind = self.table.kind(decoder.layers[0].qkv)
         self._wide = decoder.dtype == torch.float32
         assert isinstance(decoder.weights.embedding, Tensor)
         table = decoder.weights.embedding.detach().to(decoder.dtype)
         self._embedding = table.numpy() if self._wide else table.view(torch.uint16).numpy()
         # The draft head is int4 wherever it can be: what a draft step reads most of is its head.
-        self.draft_head_is_int4 = int4_block is not None and decoder.config.hidden_size % GROUP_SIZE == 0
-        head = self.table.int4_kind if self.draft_head_is_int4 else "int8"
+        self.draft_head_is_int4 = torch_block() is not None and decoder.config.hidden_size % GROUP_SIZE == 0
+        head = "uint8" if self.draft_head_is_int4 else "int8"
         models = "dense" if decoder.config.experts is None else "experts"
         kinds = Kinds(self._kind, "float32" if self._wide else "uint16", head, models)
         self.team = Team(num_threads, kinds, self.patience)
@@ -154,8 +153,7 @@ class FusedStepper:
         return rows
 
     def _parts(self, linear: Linear) -> int:
-        width = self._int4_block if isinstance(linear, Int4Linear) else control.ROW_MAJOR_BLOCK
-        blocks = -(-linear.out_features // width)
+        blocks = -(-linear.out_features // control.BLOCK)
         return max(1, min(-(-_MIN_TASKS // blocks), linear.in_features // _MIN_PART))
 
     def _down_parts(self, linear: Linear) -> int:
@@ -208,8 +206,8 @@ class FusedStepper:
             own = control.RANKS + rank * control.RANK_FIELDS
             fields[own + control.OWN_H] = self.buffer(config.hidden_size)
             fields[own + control.OWN_X] = self.buffer(self._max_inputs)
-            # of int4's inputs: two bytes each, and four floats for 32 of them
-            fields[own + control.OWN_ROUNDED] = self.buffer(self._max_inputs // 2)
+            # of int4's inputs: a byte each, and four floats for 32 of them
+            fields[own + control.OWN_ROUNDED] = self.buffer(-(-self._max_inputs // 4))
             fields[own + control.OWN_EXTRAS] = self.buffer(-(-self._max_inputs // 32) * 4)
             fields[own + control.OWN_KV] = self.buffer(config.head_dim)
             fields[own + control.OWN_FACTORS] = self.buffer(1)

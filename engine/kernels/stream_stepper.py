@@ -19,8 +19,8 @@ from engine.kernels.expert_stepper import FusedExpertStepper, Side
 class FusedStreamStepper(FusedExpertStepper):
     """A :class:`FusedExpertStepper` for a :class:`StreamedDecoder`."""
 
-    def __init__(self, decoder: StreamedDecoder, num_threads: int, int4_block: int | None = 64) -> None:
-        super().__init__(decoder, num_threads, int4_block)
+    def __init__(self, decoder: StreamedDecoder, num_threads: int) -> None:
+        super().__init__(decoder, num_threads)
         self._streamed, stream = decoder, decoder.stream
         self._adapters = {
             index: [describe_adapter(self.table, low_rank) for low_rank in (layer.attention, layer.ffn)]

@@ -71,9 +71,9 @@ class Team:
     def _start_workers(self) -> None:
         if self._pid != os.getpid():  # a forked child has the memory but not the threads
             self._workers, self._pid = [], os.getpid()
-            self.control[[fields.SEQUENCE, fields.ARRIVED, fields.TICKETS]] = 0
-            self.control[fields.RANKS :: fields.RANK_FIELDS] = 0
-            self.control[fields.RANKS + fields.BASE :: fields.RANK_FIELDS] = 0
+            self.control[[fields.SEQUENCE, fields.ARRIVED]] = 0
+            for own in (fields.EPOCH, fields.PHASE, fields.TICKETS, fields.TICKETS + 1):
+                self.control[fields.RANKS + own :: fields.RANK_FIELDS] = 0
         if len(self._workers) < self.num_threads - 1:
             self.control[fields.RANKS + fields.SEEN :: fields.RANK_FIELDS] = self.control[fields.SEQUENCE]
             self._workers = [

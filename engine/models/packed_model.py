@@ -25,7 +25,7 @@ from engine.models.feed_forward import FeedForward
 from engine.quantization import get_format
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Linear
-from engine.quantization.int4_layout import int4_block
+from engine.quantization.int4_layout import torch_block
 from engine.quantization.int8 import Int8Linear
 from engine.quantization.packed_file import map_packed, write_packed
 
@@ -44,7 +44,7 @@ class PackedModel:
         self._format, self._device = weight_format, torch.device(device)
         self._possible = weight_format in _FORMATS and self._device.type == "cpu"
         folder = Path(__file__).parents[1]
-        digest = hashlib.sha256(f"{torch.__version__} {int4_block()} {_state(source)}".encode())
+        digest = hashlib.sha256(f"{torch.__version__} {torch_block()} {_state(source)}".encode())
         for code in sorted([*folder.glob("models/*.py"), *folder.glob("quantization/*.py")]):
             digest.update(code.read_bytes())  # what packs, or names what is packed
         place = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:8]
@@ -123,12 +123,12 @@ def _matrices(weights: DecoderWeights) -> Iterator[tuple[str, Linear]]:
 
 
 def _to_tensors(weights: DecoderWeights) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """All tensors by name; of the int4 matrices the inputs, outputs and block of their interleaving."""
+    """All tensors by name; of the int4 matrices the inputs, the outputs and whether they are tiled."""
     assert isinstance(weights.embedding, Tensor)
     tensors, about = {"embedding": weights.embedding, "final_norm": weights.final_norm}, {}
     for name, matrix in _matrices(weights):
         if isinstance(matrix, Int4Linear):
-            about[name] = [matrix.in_features, matrix.out_features, matrix.interleaved]
+            about[name] = [matrix.in_features, matrix.out_features, matrix.tiled]
             parts = {"packed": matrix.packed, "scales": matrix.scales_and_zeros}
         else:
             assert isinstance(matrix, Int8Linear)
@@ -150,8 +150,8 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict[str, list[int]], num_l
         bias = tensors.get(f"{name}.bias")
         if name not in about:
             return Int8Linear(packed, scales, bias)
-        in_features, out_features, interleaved = about[name]
-        return Int4Linear(packed, scales, in_features, out_features, bias, interleaved)
+        in_features, out_features, tiled = about[name]
+        return Int4Linear(packed, scales, in_features, out_features, bias, bool(tiled))
 
     def layer(index: int) -> LayerWeights:
         qkv, o, gate_up, down = (matrix(f"{index}.{name}") for name in _LAYER_MATRICES)

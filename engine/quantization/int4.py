@@ -13,17 +13,25 @@ import torch
 from torch import Tensor
 
 from engine.quantization.base import GroupQuantized, Linear, check_shape
-from engine.quantization.int4_layout import GROUP_SIZE, deinterleave, int4_block, interleave, unpack
+from engine.quantization.int4_layout import (
+    GROUP_SIZE,
+    some_codes,
+    tile,
+    tiled_scales,
+    torch_block,
+    untile,
+)
 
 # Large matrices are packed piece by piece, so that the peak stays near the packed size. The packed layout
-# interleaves blocks of up to 64 rows, so pieces of 1024 rows join to the same bytes.
+# has blocks of up to 64 rows, so pieces of 1024 rows join to the same bytes.
 _ROWS_AT_ONCE = 1024
 _INPUTS_AT_ONCE = 64
 _OUTPUTS = 16  # torch packs as many at once
 
 
 class Int4Linear(Linear):
-    """``packed`` codes in the device's own tile order and ``scales_and_zeros bf16 [K / 32, N, 2]``."""
+    """``packed`` codes in torch's own order for the device and ``scales_and_zeros bf16 [K / 32, N, 2]``; if ``tiled``,
+    both in that of our own kernels (:mod:`engine.quantization.int4_layout`)."""
 
     group_size = GROUP_SIZE
 
@@ -34,19 +42,19 @@ class Int4Linear(Linear):
         in_features: int,
         out_features: int,
         bias: Tensor | None = None,
-        interleaved: int = 0,
+        tiled: bool = False,
     ) -> None:
         self.packed = packed
         self.scales_and_zeros = scales_and_zeros
         self.in_features = in_features
         self.out_features = out_features
         self.bias = bias
-        self.interleaved = interleaved  # outputs per block, if the codes are interleaved
+        self.tiled = tiled
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if rows.device.type == "cpu":
-            out = torch._weight_int4pack_mm_for_cpu(rows, self._packed(), GROUP_SIZE, self.scales_and_zeros)
+            out = torch._weight_int4pack_mm_for_cpu(rows, *self._in_torchs_order())
         else:
             out = torch._weight_int4pack_mm(rows, self.packed, GROUP_SIZE, self.scales_and_zeros)
         if self.bias is not None:
@@ -57,18 +65,20 @@ class Int4Linear(Linear):
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales_and_zeros.nbytes
 
-    def interleave(self, block: int) -> None:
-        """Put the codes into the order of our own kernels, in place. Torch's then work on a copy."""
-        if not self.interleaved:
-            interleave(self.packed, self.in_features, block)
-            self.interleaved = block
+    def tile(self) -> None:
+        """Put codes and scales into the tiles of our own kernels, in place. Torch's kernels then work on a copy."""
+        if not self.tiled:
+            block = torch_block()
+            assert block is not None
+            tile(self.packed, self.scales_and_zeros, self.in_features, block)
+            self.tiled = True
 
     def tensors(self) -> dict[str, Tensor]:
         return {"packed": self.packed, "scales": self.scales_and_zeros}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Int4Linear:
         return Int4Linear(
-            tensors["packed"], tensors["scales"], self.in_features, self.out_features, None, self.interleaved
+            tensors["packed"], tensors["scales"], self.in_features, self.out_features, None, self.tiled
         )
 
     def dequantize(self) -> Tensor:
@@ -76,12 +86,13 @@ class Int4Linear(Linear):
 
     def rows(self, outputs: Tensor) -> GroupQuantized:
         """The rows that ``outputs`` names, with their own codes, scales and zeros."""
-        scale, zero = self.scales_and_zeros[:, outputs].float().permute(2, 1, 0)  # each [rows, K / 32]
-        block = int4_block() if self.packed.device.type == "cpu" else None
-        if block is None:
-            codes = self._multiplied_out(outputs, scale, zero)
+        block = None if self.tiled or self.packed.device.type != "cpu" else torch_block()
+        scales = tiled_scales(self.scales_and_zeros) if self.tiled else self.scales_and_zeros
+        scale, zero = scales[:, outputs].float().permute(2, 1, 0)  # each [rows, K / 32]
+        if self.tiled or block is not None:
+            codes = some_codes(self.packed, self.in_features, outputs, block)
         else:
-            codes = unpack(self.packed, self.in_features, block, outputs, self.interleaved > 0)
+            codes = self._multiplied_out(outputs, scale, zero)
         return GroupQuantized(codes, scale, zero - 8 * scale)
 
     def _multiplied_out(self, outputs: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -101,11 +112,17 @@ class Int4Linear(Linear):
             self.bias = bias
         return codes
 
-    def _packed(self) -> Tensor:
-        """``packed`` in torch's own order."""
-        if not self.interleaved:
-            return self.packed
-        return deinterleave(self.packed, self.in_features, self.interleaved)
+    def _in_torchs_order(self) -> tuple[Tensor, int, Tensor]:
+        """What torch's CPU kernel takes."""
+        if not self.tiled:
+            return self.packed, GROUP_SIZE, self.scales_and_zeros
+        return _pack(untile(self.packed, self.in_features)), GROUP_SIZE, tiled_scales(self.scales_and_zeros)
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """Codes ``uint8 [N, K]`` in torch's order for the CPU, piece by piece."""
+    parts = codes.split(_ROWS_AT_ONCE)
+    return torch.cat([torch._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
 
 
 def quantize_groups(weight: Tensor | Iterable[Tensor]) -> GroupQuantized:
@@ -172,8 +189,7 @@ class Int4Format:
         scales_and_zeros = torch.stack((weight.scale, zero), dim=-1).transpose(0, 1).contiguous().bfloat16()
         out_features, in_features = weight.codes.shape
         if device.type == "cpu":
-            parts = weight.codes.split(_ROWS_AT_ONCE)
-            packed = torch.cat([torch._convert_weight_to_int4pack_for_cpu(part.int(), 1) for part in parts])
+            packed = _pack(weight.codes)
         else:
             codes = weight.codes.to(device)
             # tinygemm takes two codes a byte, the even column in the high half
