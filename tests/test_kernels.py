@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import time
@@ -11,16 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from llvmlite import binding, ir
+from numba import njit
 from torch import Tensor
 
 from engine.kernels import fused_unavailable, make_fused_stepper
+from engine.kernels.byte_dots import KINDS, available
+from engine.kernels.int4_tiles import int4_tile
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.models.feed_forward import FeedForward
 from engine.models.kv_cache import KVCache
 from engine.models.rope import rotate
+from engine.models.stepper import forward_in_parts
 from engine.quantization import get_format
 from engine.quantization.int4 import Int4Linear
+from engine.quantization.int4_layout import torch_block
 
 FORMATS = ("int4", "int8", "bf16", "fp32")
 # Sizes that leave rests: a vocabulary of 4.5 blocks, and three query heads per KV head.
@@ -250,8 +257,9 @@ def test_matmul_takes_another_head() -> None:
 def test_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_unavailable(make_decoder("int4", **PLAIN)) is None
     assert "float64" in str(fused_unavailable(make_decoder("fp64", **PLAIN)))
-    monkeypatch.setattr("engine.kernels.int4_block", lambda: 64)  # as where the CPU has AVX-512
-    assert "multiple of" in str(fused_unavailable(make_decoder("int4", intermediate_size=160, **PLAIN)))
+    monkeypatch.setattr("engine.kernels.torch_block", lambda: None)
+    assert "an order that they do not know" in str(fused_unavailable(make_decoder("int4", **PLAIN)))
+    monkeypatch.undo()
     mixed = make_decoder("int4", **PLAIN)
     head = get_format("bf16").pack(torch.randn(288, 96), None, torch.device("cpu"))
     weights = DecoderWeights(mixed.weights.embedding, mixed.layers, mixed.weights.final_norm, head)
@@ -259,43 +267,86 @@ def test_refuses_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_int4_layout_is_recognised_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert int4_block() in (32, 64)
+    assert torch_block() in (32, 64)
     monkeypatch.setattr(
         torch, "_convert_weight_to_int4pack_for_cpu", lambda codes, tiles: codes[:, ::2].to(torch.uint8)
     )
-    assert int4_block() is None
-    monkeypatch.undo()
+    assert torch_block.__wrapped__() is None
 
 
-def lay_out(linear: Any, block: int) -> None:
-    """Pack an int4 matrix again, in torch's layout for CPUs that take ``block`` outputs at once."""
-    codes = linear.rows(torch.arange(linear.out_features)).codes
-    whole = linear.out_features // block * block
-    halves = codes[:whole].view(-1, 2, block // 2, linear.in_features)
-    full = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2)  # [blocks, K, bytes]
-    tail = (codes[whole::2] | codes[whole + 1 :: 2] << 4).T
-    linear.packed = torch.cat((full.reshape(-1), tail.reshape(-1))).view(linear.packed.shape)
+def run_tile(name: str, rows: int, *tensors: Tensor) -> Tensor:
+    """Three groups through an int4 tile made of the instructions ``name``."""
+    tile, out = int4_tile(rows, KINDS[name]), torch.full((rows, 40), 7.0)
+
+    @njit
+    def run(codes: int, scales: int, x: int, extras: int, out: int) -> None:
+        tile(codes, scales, 3, x, 96, extras, 48, out, 40)
+
+    run(*(tensor.data_ptr() for tensor in (*tensors, out)))
+    assert (out[:, 32:] == 7).all()
+    return out[:, :32]
 
 
-def test_the_int4_layout_of_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without AVX-512 torch packs blocks of 64 and of 32 outputs; our tiles run either anywhere."""
-    results = {}
-    for block in (32, 64):
-        decoder = make_decoder("int4", **VARIANTS["split_inputs"])
-        for layer in decoder.layers:
-            for linear in layer.matrices():
-                lay_out(linear, block)
-        lay_out(decoder.weights.lm_head, block)
-        monkeypatch.setattr("engine.kernels.int4_block", lambda block=block: block)
-        stepper = make_fused_stepper(decoder, num_threads=2)
-        for rows in (1, 2, 3, 4, 11):
-            hidden = stepper.run_layers(rows_for(decoder, rows), decoder.new_cache(64), 0, 0, 3)
-            results[block, rows] = torch.cat((hidden, stepper.logits(hidden)), dim=1)
-        stepper.close()
-    for rows in (1, 2, 3, 4, 11):
-        wanted = results[32, rows]
-        assert (results[64, rows] - wanted).abs().max() < 2e-2 * wanted.abs().max()
-        assert torch.equal(results[64, rows][0], results[64, 1][0])
+@pytest.mark.parametrize("name", list(available()))
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_every_instruction_gives_the_same_bits(name: str, rows: int) -> None:
+    """All that this CPU has, and plain integer arithmetic, which stands for those that it has not."""
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 16, (32, 96), generator=generator, dtype=torch.uint8)
+    codes[0], codes[17] = 15, 0
+    scales = (torch.randn(3, 32, 2, generator=generator) / 10).bfloat16()
+    rounded = torch.randint(-127, 128, (rows, 96), generator=generator, dtype=torch.int8)
+    rounded[0] = 127  # the largest sums that there are
+    steps, sums = torch.rand(rows, 3, generator=generator), rounded.view(rows, 3, 32).sum(-1)
+    extras = torch.stack((steps, sums.float(), (-8 * sums).int().view(torch.float32), steps), dim=-1)
+    low, high = codes.view(2, 16, 24, 4)
+    packed = (low | high << 4).transpose(0, 1).contiguous()
+    got = run_tile(name, rows, packed, scales, rounded, extras)
+    scale, zero = (part.double().T.repeat_interleave(32, dim=1) for part in scales.unbind(-1))
+    x = rounded.double() * steps.double().repeat_interleave(32, dim=1)
+    wanted = x @ ((codes.double() - 8) * scale + zero).T
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert torch.equal(got, run_tile("generic", rows, packed, scales, rounded, extras))
+
+
+def test_the_instruction_for_arm_is_one() -> None:
+    """It cannot run here, but LLVM can say what it becomes."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = "arm64-apple-darwin"
+    words, bytes_ = ir.VectorType(ir.IntType(32), 8), ir.VectorType(ir.IntType(8), 32)
+    function = ir.Function(module, ir.FunctionType(words, [words, bytes_, bytes_]), "dots")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(KINDS["neon-dotprod"].add(builder, *function.args))
+    target = binding.Target.from_triple("arm64-apple-darwin")
+    machine = target.create_target_machine(cpu="apple-m1")
+    code = machine.emit_assembly(binding.parse_assembly(str(module)))
+    assert len(re.findall(r"\bsdot", code)) == 2 and "mul" not in code
+
+
+@pytest.mark.parametrize("name", ["fp32", "int4"])
+@pytest.mark.parametrize(("begun", "fresh"), [(0, 1), (0, 4), (1, 0), (1, 1), (3, 2)])
+def test_a_whole_pass_equals_its_parts(name: str, begun: int, fresh: int) -> None:
+    """Rows that are some layers deep, and tokens behind them, in one command: bit for bit, the cache as well."""
+    decoder, ids = make_decoder(name, **PLAIN), [5, 3, 17, 3, 40, 2, 8]
+    stepper = make_fused_stepper(decoder, num_threads=2)
+    results = []
+    for whole in (True, False):
+        cache = decoder.new_cache(16)
+        stepper.prefill(ids[: 7 - begun - fresh], cache)
+        rows = [
+            stepper.run_layers(stepper.embed([token]), cache, cache.length + place, 0, 2)
+            for place, token in enumerate(ids[7 - begun - fresh : 7 - fresh])
+        ]
+        if whole:
+            hidden, logits = stepper.forward(ids[7 - fresh :] if fresh else [], cache, rows, 2)
+        else:
+            hidden, logits = forward_in_parts(stepper, ids[7 - fresh :] if fresh else [], cache, rows, 2)
+        results.append(
+            (hidden, logits.clone(), *(keys[:, :, :7].clone() for keys in (*cache.keys, *cache.values)))
+        )
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_idle_workers_use_no_cpu() -> None:

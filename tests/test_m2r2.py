@@ -66,11 +66,8 @@ class Scripted:
         self._inner, self._choose = inner, choose
         self.depth, self.stepper = inner.depth, inner.stepper
 
-    def condition(self, final: Tensor) -> Tensor:
-        return self._inner.condition(final)
-
-    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
-        real = self._inner.draft(token, condition, cache, position)
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+        real = self._inner.draft(token, state, cache, position)
         return Draft(self._choose(position + 1), 0.5, real.slow_state, real.exit_state)
 
 
@@ -165,8 +162,8 @@ def test_the_fused_drafter_drafts_as_the_reference_does(
         cache = decoder.new_cache(32)
         decoder.prefill(PROMPT[:-1], cache)
         drafter = make_drafter(stepper, made)
-        condition = drafter.condition(torch.linspace(-1, 1, decoder.config.hidden_size))
-        states.append(drafter.draft(PROMPT[-1], condition, cache, len(PROMPT) - 1))
+        state = torch.linspace(-1, 1, decoder.config.hidden_size)
+        states.append(drafter.draft(PROMPT[-1], state, cache, len(PROMPT) - 1))
     ours, reference = states
     torch.testing.assert_close(ours.slow_state, reference.slow_state, rtol=1e-4, atol=1e-5)
     agreement = torch.nn.functional.cosine_similarity(ours.exit_state, reference.exit_state, dim=0)
@@ -189,8 +186,8 @@ def test_the_fused_drafter_drafts_through_experts_as_the_reference_does(
         cache = decoder.new_cache(64)
         stepper.prefill(PROMPT[:-1], cache)
         drafter = make_drafter(stepper, made)
-        condition = drafter.condition(torch.linspace(-1, 1, decoder.config.hidden_size))
-        drafts.append(drafter.draft(PROMPT[-1], condition, cache, len(PROMPT) - 1))
+        state = torch.linspace(-1, 1, decoder.config.hidden_size)
+        drafts.append(drafter.draft(PROMPT[-1], state, cache, len(PROMPT) - 1))
         hidden = stepper.embed(PROMPT[-1:])
         own = stepper.run_layers(hidden, cache, len(PROMPT) - 1, 0, 4)
         torch.testing.assert_close(drafts[-1].slow_state, own, rtol=1e-4, atol=1e-5)

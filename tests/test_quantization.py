@@ -21,7 +21,14 @@ from engine.models.loader import load_decoder
 from engine.models.stepper import TorchStepper
 from engine.quantization import WEIGHT_FORMATS, GroupQuantized, get_format
 from engine.quantization.int4 import quantize_groups
-from engine.quantization.int4_layout import deinterleave, int4_block, interleave
+from engine.quantization.int4_layout import (
+    some_codes,
+    tile,
+    tiled_scales,
+    torch_block,
+    unpack,
+    untile,
+)
 from engine.requests import GenerationRequest
 from tests import tiny
 
@@ -154,26 +161,56 @@ def test_single_rows_come_out_with_their_own_codes(columns: int) -> None:
     assert torch.equal(again(torch.eye(columns).bfloat16()).T, again.dequantize().bfloat16())
 
 
+def torchs_order(codes: torch.Tensor, block: int) -> torch.Tensor:
+    """Codes ``[N, K]`` as torch packs them on CPUs that take ``block`` outputs at once."""
+    whole = codes.shape[0] // block * block
+    halves = codes[:whole].view(-1, 2, block // 2, codes.shape[1])
+    full = (halves[:, 0] | halves[:, 1] << 4).transpose(1, 2)  # [blocks, K, bytes]
+    tail = (codes[whole::2] | codes[whole + 1 :: 2] << 4).T
+    return torch.cat((full.flatten(), tail.flatten()))
+
+
+def test_torchs_order_on_this_machine() -> None:
+    codes = torch.randint(0, 16, (272, 96), dtype=torch.uint8)
+    block = torch_block()
+    assert block in (32, 64)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    assert torch.equal(packed.flatten(), torchs_order(codes, block))
+
+
 @pytest.mark.parametrize("block", [32, 64])
-@pytest.mark.parametrize("outputs", [32, 64, 272])
-def test_interleaved_codes_are_the_same_codes(block: int, outputs: int) -> None:
-    """In either of torch's layouts, whole blocks and a narrower last one."""
-    packed = torch.randint(0, 256, (outputs, 48), dtype=torch.uint8)
-    moved = packed.clone()
-    interleave(moved, 96, block)
-    assert torch.equal(deinterleave(moved, 96, block), packed)
-    whole = outputs // block * block
-    assert torch.equal(moved[whole:], packed[whole:]) and (whole == 0 or not torch.equal(moved, packed))
+@pytest.mark.parametrize("outputs", [16, 32, 80, 272, 4144])
+def test_tiles_hold_the_same_codes(block: int, outputs: int) -> None:
+    """From either of torch's orders, whole blocks and narrower last ones, one piece and several."""
+    codes = torch.randint(0, 16, (outputs, 96), dtype=torch.uint8)
+    scales = torch.randn(3, outputs, 2).bfloat16()
+    packed, moved = torchs_order(codes, block), scales.clone()
+    assert torch.equal(unpack(packed, 96, block), codes)
+    tile(packed, moved, 96, block)
+    assert torch.equal(untile(packed, 96), codes) and torch.equal(tiled_scales(moved), scales)
+    keep = torch.randperm(outputs)[: outputs // 2]
+    assert torch.equal(some_codes(packed, 96, keep, None), codes[keep])
 
 
-def test_interleaved_weights_give_the_same_products() -> None:
-    block = int4_block()
-    assert block is not None
+def test_a_tile_is_what_the_kernels_expect() -> None:
+    """Byte 4 j + i of a line: input i of outputs j and j + 16; scales of a block side by side."""
+    codes = torch.randint(0, 16, (64, 64), dtype=torch.uint8)
+    scales = torch.randn(2, 64, 2).bfloat16()
+    packed, moved = torchs_order(codes, 32), scales.clone()
+    tile(packed, moved, 64, 32)
+    block, line, output, i = 1, 9, 5, 3
+    byte = int(packed.view(2, 16, 64)[block, line, 4 * output + i])
+    assert byte & 15 == codes[32 * block + output, 4 * line + i]
+    assert byte >> 4 == codes[32 * block + 16 + output, 4 * line + i]
+    assert torch.equal(moved.view(2, 2, 32, 2)[block, 1, output], scales[1, 32 * block + output])
+
+
+def test_tiled_weights_give_the_same_products() -> None:
     linear = get_format("int4").pack(random(272, 128), random(272), CPU)
     x, keep = random(5, 128, seed=3).bfloat16(), torch.tensor([3, 200, 271])
     before = linear(x), linear.dequantize(), linear.rows(keep).codes
     for _ in range(2):
-        linear.interleave(block)
+        linear.tile()
     after = linear(x), linear.dequantize(), linear.rows(keep).codes
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 

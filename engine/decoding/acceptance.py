@@ -58,9 +58,8 @@ def verify_chain(
     """
     cache, ids = sequence.cache, sequence.ids
     start = cache.length
-    hidden = stepper.embed([ids[-1], *drafts])
-    hidden = stepper.run_layers(hidden, cache, start, 0, stepper.decoder.config.num_layers)
-    accepted = accept_chain(stepper.logits(hidden), drafts, ids, sequence.sampler)
+    hidden, logits = stepper.forward([ids[-1], *drafts], cache)
+    accepted = accept_chain(logits, drafts, ids, sequence.sampler)
     cache.length = start + accepted + 1
     step = round_step(ids[start + 1 :], len(drafts), accepted, 0.0, perf_counter() - started)
     return accepted, step, hidden[accepted]

@@ -4,7 +4,8 @@ A round, from the last token ``t`` at position ``L`` (the cache holds ``L`` toke
 
 1. Draft, up to ``d`` times: the slow row and the accelerated row of the last token through layers
    ``[0, k)``; the exit gives the next draft. The slow row's keys, values and state are kept.
-2. Verify: all kept slow states through layers ``[k, N)`` in one pass, then the head.
+2. Verify: all kept slow states through layers ``[k, N)`` in one pass, then the head. (A last draft that was kept has
+   the first layers still before it.)
 3. Accept the longest prefix that the model itself would have chosen, and one token of the model's own.
 4. Roll back: the cache's length is set behind the last accepted token.
 
@@ -20,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from engine.decoding.acceptance import accept_chain, round_step, verify_chain
@@ -45,7 +45,6 @@ class M2R2Decoding:
     ) -> None:
         self._drafter, self._controller, self._context = drafter, controller, context
         self._stepper = drafter.stepper
-        self._num_layers = drafter.stepper.decoder.config.num_layers
 
     def start(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
@@ -57,7 +56,7 @@ class M2R2Decoding:
         if self._context is not None and (step := self._from_context(max_tokens, started, self._context)):
             return step
         sequence, stepper = self._sequence, self._stepper
-        cache, ids, split = sequence.cache, sequence.ids, self._drafter.depth
+        cache, ids = sequence.cache, sequence.ids
         start = cache.length
         limit = min(max_tokens, stepper.max_rows) - 1
         drafts, slow, confidences = self._draft(ids[-1], limit)
@@ -67,14 +66,9 @@ class M2R2Decoding:
             match, more = self._more_from_context(drafts, confidences, limit - own)
             drafts += more
 
-        if not slow:  # nothing was drafted: a plain step
-            hidden = stepper.run_layers(stepper.embed(ids[-1:]), cache, start, 0, self._num_layers)
-        else:
-            if unfed := [ids[-1], *drafts][len(slow) :]:
-                rows = stepper.embed(unfed)
-                slow.append(stepper.run_layers(rows, cache, start + len(slow), 0, split))
-            hidden = stepper.run_layers(torch.cat(slow), cache, start, split, self._num_layers)
-        accepted = accept_chain(stepper.logits(hidden), drafts, ids, sequence.sampler)
+        unfed = [ids[-1], *drafts][len(slow) :]
+        hidden, logits = stepper.forward(unfed, cache, slow, self._drafter.depth)
+        accepted = accept_chain(logits, drafts, ids, sequence.sampler)
         cache.length = start + accepted + 1
         is_first, self._final = self._final is None, hidden[accepted]
 
@@ -128,9 +122,9 @@ class M2R2Decoding:
         controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
         if self._final is None or not controller.plan(limit):
             return drafts, slow, confidences
-        condition = drafter.condition(self._final)
+        state = self._final
         while True:
-            draft = drafter.draft(token, condition, cache, cache.length + len(drafts))
+            draft = drafter.draft(token, state, cache, cache.length + len(drafts))
             slow.append(draft.slow_state)
             confidences.append(draft.confidence)
             if not controller.keep(confidences):
@@ -138,7 +132,7 @@ class M2R2Decoding:
             drafts.append(draft.token)
             if len(drafts) >= limit or not controller.more(confidences):
                 return drafts, slow, confidences
-            token, condition = draft.token, draft.exit_state
+            token, state = draft.token, draft.exit_state
 
 
 class M2R2:

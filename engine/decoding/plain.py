@@ -17,7 +17,6 @@ class PlainDecoding:
 
     def __init__(self, stepper: Stepper) -> None:
         self._stepper = stepper
-        self._num_layers = stepper.decoder.config.num_layers
 
     def start(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
@@ -26,9 +25,8 @@ class PlainDecoding:
         started = perf_counter()
         sequence, stepper = self._sequence, self._stepper
         cache, ids = sequence.cache, sequence.ids
-        hidden = stepper.embed(ids[-1:])  # [1, D]
-        hidden = stepper.run_layers(hidden, cache, cache.length, 0, self._num_layers)
+        _, logits = stepper.forward(ids[-1:], cache)
         cache.length += 1
-        token = sequence.sampler.choose(stepper.logits(hidden)[0], ids)
+        token = sequence.sampler.choose(logits[0], ids)
         ids.append(token)
         return Step((token,), (Provenance.VERIFIED,), verify_seconds=perf_counter() - started)

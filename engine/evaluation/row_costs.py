@@ -12,11 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
-
-import torch
 
 from engine import hub
 from engine.atomic import replacing
@@ -58,24 +57,19 @@ def main(argv: list[str]) -> int:
 def _measure(model: str, weight_format: str, passes: int) -> dict[str, Any]:
     """Milliseconds: median and quartiles."""
     decoder = load_decoder(hub.resolve(model).path, weight_format)
-    stepper, num_layers = make_stepper(decoder), decoder.config.num_layers
+    stepper = make_stepper(decoder)
     found: dict[str, Any] = {"format": weight_format, "kernel": stepper.name}
     with use_threads(1):  # as a generation does beside the kernels
         cache = decoder.new_cache(_CONTEXT + _ROWS)
         ids = [number % decoder.config.vocab_size for number in range(_CONTEXT + _ROWS)]
         stepper.prefill(ids[:_CONTEXT], cache)
         for count in range(1, _ROWS + 1):
-            hidden = stepper.embed(ids[_CONTEXT:][:count])
-
-            def run(hidden: torch.Tensor = hidden) -> None:
-                stepper.logits(stepper.run_layers(hidden, cache, _CONTEXT, 0, num_layers))
-
-            found[f"{count} rows"] = _clock(run, passes)
+            found[f"{count} rows"] = _clock(partial(stepper.forward, ids[_CONTEXT:][:count], cache), passes)
         path = find_adapter(decoder)
         if path is not None:
             drafter = make_drafter(stepper, load_accelerator(path, decoder))
-            condition = drafter.condition(stepper.embed(ids[:1])[0])
-            found["draft"] = _clock(lambda: drafter.draft(ids[-1], condition, cache, _CONTEXT), passes)
+            state = stepper.embed(ids[:1])[0]
+            found["draft"] = _clock(lambda: drafter.draft(ids[-1], state, cache, _CONTEXT), passes)
     return found
 
 

@@ -18,14 +18,16 @@ ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS
     WHOLE_NORM, NORMED, ROUTER, TOP_K, NORMALIZE, CHOSEN, WEIGHTS, EXPERTS, NUM_EXPERTS, PLACES, NUM_PLACES, ADD_UP,
     ROUTER_LOGITS, SIDE_ROWS, SIDE_QUERY, SIDE_OUTPUT, SIDE_ATTENTION, SIDE_FEED_FORWARD, SIDE_OUT,
 ) = range(81, 100)  # fmt: skip
+# For whole passes: rows that are some layers deep already, and tokens.
+BEGUN, IDS, EMBEDDING, LOGITS, NO_GAIN = range(100, 105)
 RANKS = 112  # per thread RANK_FIELDS
 RANK_FIELDS = 32
 (
     EPOCH, PHASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED, OWN_FACTORS,
-    OWN_PAIR, OWN_LOGITS,
-) = range(14)  # fmt: skip
-TICKETS = 16  # two of them, which other threads may draw from as well
-RUN_LAYERS, RUN_MATMUL, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 7)
+    OWN_PAIR, OWN_LOGITS, OWN_ROWS, OWN_POSITIONS, OWN_WRITES,
+) = range(17)  # fmt: skip
+TICKETS = 24  # two of them, which other threads may draw from as well
+RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 8)
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.
 LINEAR_FIELDS = 6

@@ -20,14 +20,17 @@ from engine.kernels.control import (
     DRAFT_BUFFER,
     DRAFT_HEAD,
     DRAFT_LOGITS,
+    EMBEDDING,
     EPS,
     EXIT_MAP,
     FIRST,
     HIDDEN,
     HIDDEN_SIZE,
+    IDS,
     LAST,
     LAYER_FIELDS,
     LAYERS,
+    NO_GAIN,
     NORM,
     OUT,
     OUTPUTS,
@@ -37,27 +40,32 @@ from engine.kernels.control import (
 )  # fmt: skip
 from engine.kernels.intrinsics import get_f32, get_i64, put_f32, top
 from engine.kernels.phases import ADAPTER_TAG, matmul_phase, run_layer
-from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row
+from engine.kernels.rows import add_parts, copy_row, copy_wide, exp_row, norm_row
 
 
 @njit(nogil=True, error_model="numpy")
 def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """Layers ``FIRST .. LAST - 1`` from ``HIDDEN [2, D]`` to ``OUT [2, D]``. A step that begins with layer 0 takes the
-    token's embedding ``HIDDEN [D]`` and the stream's ``CONDITION [D]`` instead.
+    token ``IDS`` instead, and the state of the position before, ``CONDITION [D]``, unnormed or not.
 
-    Where there is an ``EXIT_MAP``, the unnormed exit state goes to ``DRAFT_BUFFER``, the draft logits to
-    ``DRAFT_LOGITS`` (as powers of e, the best 1), the best token's probability to ``CONFIDENCE``. ``NORM`` is the
-    final norm's gain.
+    Where there is an ``EXIT_MAP``, the exit state goes to ``DRAFT_BUFFER``, the draft logits to ``DRAFT_LOGITS`` (as
+    powers of e, the best 1), the best token's probability to ``CONFIDENCE``. ``NORM`` is the final norm's gain.
     """
-    size, condition = get_i64(control + 8 * HIDDEN_SIZE), get_i64(control + 8 * CONDITION)
+    size, eps = get_i64(control + 8 * HIDDEN_SIZE), get_f32(control + 8 * EPS)
     h, x, hidden = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_X), get_i64(control + 8 * HIDDEN)
     state, buffer = h + 4 * size, get_i64(control + 8 * DRAFT_BUFFER)
+    condition = x + 8 * size  # behind what the layers norm
+    norm_row(condition, get_i64(control + 8 * CONDITION), get_i64(control + 8 * NO_GAIN), eps, size)
     first = get_i64(control + 8 * FIRST)
-    copy_row(h, hidden, size)
-    copy_row(state, hidden if first == 0 else hidden + 4 * size, size)
-    if first == 0 and get_i64(control + 8 * START_MAP) != 0:
-        matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * START_MAP), condition, 1, buffer)
-        add_parts(state, buffer, 0, 1, size)
+    if first == 0:
+        token = get_i64(get_i64(control + 8 * IDS))
+        copy_wide(kv, h, get_i64(control + 8 * EMBEDDING) + kv_size * token * size, size)
+        copy_row(state, h, size)
+        if get_i64(control + 8 * START_MAP) != 0:
+            matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * START_MAP), condition, 1, buffer)
+            add_parts(state, buffer, 0, 1, size)
+    else:
+        copy_row(h, hidden, 2 * size)
     for index in range(first, get_i64(control + 8 * LAST)):
         layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
         adapters = get_i64(control + 8 * ADAPTERS) + index * (8 * ADAPTER_FIELDS)
@@ -70,9 +78,10 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
     copy_row(x, state, size)
     copy_row(x + 4 * size, condition, size)
     matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * EXIT_MAP), x, 1, buffer)
-    norm_row(x, buffer, get_i64(control + 8 * NORM), get_f32(control + 8 * EPS), size)
+    norm_row(x, buffer, get_i64(control + 8 * NORM), eps, size)
     logits = get_i64(control + 8 * DRAFT_LOGITS)
     matmul_phase(head, control, own, get_i64(control + 8 * DRAFT_HEAD), x, 1, logits)
-    if rank == 0:  # softmax of the best
-        count = get_i64(get_i64(control + 8 * DRAFT_HEAD) + 8 * OUTPUTS)
+    if rank == 0:
+        norm_row(buffer, buffer, get_i64(control + 8 * NO_GAIN), eps, size)
+        count = get_i64(get_i64(control + 8 * DRAFT_HEAD) + 8 * OUTPUTS)  # softmax of the best
         put_f32(control + 8 * CONFIDENCE, np.float32(1.0) / exp_row(logits, top(logits, count), count))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 from engine.kernels import control
 from engine.kernels.adapters import describe_adapter, int8_map
 from engine.kernels.expert_stepper import FusedExpertStepper, Side
-from engine.kernels.stepper import FusedStepper
+from engine.kernels.stepper import MAX_ROWS, FusedStepper
 from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
@@ -22,18 +24,32 @@ from engine.residuals.drafter import Draft, cut_head, whole_blocks
 _CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Where a draft step puts its rows ``[2, D]`` and its exit state: made once, for behind a step that swept the caches
+    making a tensor takes tens of microseconds."""
+
+    rows: Tensor
+    slow_state: Tensor
+    exit_state: Tensor
+
+
+def _slot(size: int) -> _Slot:
+    rows = torch.zeros(2, size)
+    return _Slot(rows, rows[:1], torch.zeros(size))
+
+
 class FusedDrafter:
     """A :class:`engine.residuals.drafter.Drafter` on a :class:`FusedStepper`.
 
     Adapters and maps are rounded to int8 and the draft head to int4, whatever the model's own format. The slow row
-    has the stepper's own bits.
+    has the stepper's own bits. A round's drafts last until the next round's.
     """
 
     def __init__(self, stepper: FusedStepper, accelerator: Accelerator) -> None:
         decoder, table = stepper.decoder, stepper.table
         self.stepper = stepper
         self.depth = accelerator.config.depth
-        self._eps = decoder.config.norm_eps
         vocab = whole_blocks(accelerator.draft_vocab)
         self._vocab = vocab.numpy()
         self._adapters = np.zeros((self.depth, control.ADAPTER_FIELDS), np.int64)
@@ -57,7 +73,8 @@ class FusedDrafter:
         if accelerator.start is not None:
             start = table.describe(int8_map(accelerator.start)).ctypes.data
         self._logits = np.zeros(head.out_features, np.float32)
-        self._exit = torch.zeros(decoder.config.hidden_size)
+        size = decoder.config.hidden_size
+        self._slots = itertools.cycle([_slot(size) for _ in range(MAX_ROWS)])
         self._exit_map = table.describe(int8_map(accelerator.exit)).ctypes.data
         self._fields = {
             control.ROWS: 2,
@@ -65,33 +82,31 @@ class FusedDrafter:
             control.ADAPTERS: self._adapters.ctypes.data,
             control.START_MAP: start,
             control.DRAFT_HEAD: table.describe(head).ctypes.data,
-            control.DRAFT_BUFFER: self._exit.data_ptr(),
+            control.NO_GAIN: table.vector(torch.ones(size)),
             control.DRAFT_LOGITS: self._logits.ctypes.data,
         }
         stepper.reserve_adapters(
             max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
         )
 
-    def condition(self, final: Tensor) -> Tensor:
-        values = final.numpy()
-        return torch.from_numpy(values / np.sqrt(values.dot(values) / len(values) + np.float32(self._eps)))
-
-    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
-        stepper = self.stepper
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+        stepper, slot = self.stepper, next(self._slots)
         stepper.follow(cache, position + 1)
-        rows = stepper.embed([token])
+        stepper.use_tokens((token,))
+        rows = slot.rows
         for part in self._parts:
             if isinstance(part, int):
                 rows = self._run_experts(part, rows, position)
             else:
-                rows = self._run_dense(part, rows, condition, position)
+                self._run_dense(part, rows, slot, state, position)
+                rows = slot.rows
         best = int(self._logits.argmax())
         confidence = float(stepper.team.control[control.CONFIDENCE :].view(np.float32)[0])
-        return Draft(int(self._vocab[best]), confidence, rows[:1], self.condition(self._exit))
+        return Draft(int(self._vocab[best]), confidence, slot.slow_state, slot.exit_state)
 
-    def _run_dense(self, layers: range, rows: Tensor, condition: Tensor, position: int) -> Tensor:
-        """Neighbouring dense layers, if any, with the start map before the first layer and the exit behind the last."""
-        out = torch.empty(2, rows.shape[1])
+    def _run_dense(self, layers: range, rows: Tensor, slot: _Slot, state: Tensor, position: int) -> None:
+        """Neighbouring dense layers, if any, with token and start map before the first layer and the exit behind the
+        last; from ``rows``, if there are layers before, into the slot's."""
         self.stepper.use_positions((position, position), (True, False))
         fields = {
             **self._fields,
@@ -99,11 +114,11 @@ class FusedDrafter:
             control.LAST: layers.stop,
             control.EXIT_MAP: self._exit_map if layers.stop == self.depth else 0,
             control.HIDDEN: rows.data_ptr(),
-            control.OUT: out.data_ptr(),
-            control.CONDITION: condition.data_ptr(),
+            control.OUT: slot.rows.data_ptr(),
+            control.CONDITION: state.data_ptr(),
+            control.DRAFT_BUFFER: slot.exit_state.data_ptr(),
         }
         self.stepper.team.run(control.RUN_DRAFT, fields)
-        return out
 
     def _run_experts(self, index: int, rows: Tensor, position: int) -> Tensor:
         stepper = cast(FusedExpertStepper, self.stepper)

@@ -17,6 +17,7 @@ from engine.kernels.stepper import MAX_ROWS, FusedStepper
 from engine.models.decoder import PREFILL_CHUNK, Decoder, LayerWeights
 from engine.models.feed_forward import FeedForward, MixtureOfExperts
 from engine.models.kv_cache import KVCache
+from engine.models.stepper import forward_in_parts
 from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
 
@@ -102,6 +103,11 @@ class FusedExpertStepper(FusedStepper):
                 hidden = super().run_rows(hidden, cache, positions, writes, index, end)
                 index = end
         return hidden.clone() if first >= last else hidden
+
+    def forward(
+        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        return forward_in_parts(self, ids, cache, begun, depth)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         """Whole chunks go through a layer before the next: each of its experts is loaded once for them."""

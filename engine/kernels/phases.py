@@ -24,38 +24,33 @@ from engine.kernels.control import (
     DOWN_ADAPTER,
     DOWN_PROJ,
     EPS,
-    FIRST,
     GATE_UP,
     GATE_UP_ADAPTER,
     GATE_UP_PROJ,
     HEAD_DIM,
     HEADS,
-    HIDDEN,
     HIDDEN_SIZE,
     INPUTS,
     K_NORM,
     KEYS,
     KV_HEADS,
-    LAST,
-    LAYER_FIELDS,
-    LAYERS,
-    LINEAR,
     LINEAR_FIELDS,
     MIXED,
     MLP_NORM,
-    NORM,
     O_ADAPTER,
     O_PROJ,
-    OUT,
     OUTPUTS,
     OWN_EXTRAS,
     OWN_FACTORS,
     OWN_H,
     OWN_KV,
     OWN_LOW,
+    OWN_POSITIONS,
     OWN_RAISED,
     OWN_ROUNDED,
+    OWN_ROWS,
     OWN_SCORES,
+    OWN_WRITES,
     OWN_X,
     PARTS,
     PARTS_BUFFER,
@@ -64,20 +59,38 @@ from engine.kernels.control import (
     Q_NORM,
     QKV,
     QKV_BUFFER,
-    ROWS,
     SIN,
     VALUES,
     WHOLE_NORM,
     WINDOW,
     WRITES,
 )  # fmt: skip
-from engine.kernels.intrinsics import dot, dots, get_f32, get_i64, mix, mix_narrow, put_f32, put_rounded, top
+from engine.kernels.intrinsics import (
+    dot,
+    dots,
+    get_f32,
+    get_i64,
+    mix,
+    mix_narrow,
+    put_f32,
+    put_i64,
+    put_rounded,
+    top,
+)
 from engine.kernels.matmul import multiply_block, prepare_rows
 from engine.kernels.rows import add_parts, copy_row, exp_row, norm_row, rotate_row, scale_row, silu_times
 
 _FLOAT32 = np.float32(0.0)
 ADAPTER_TAG = np.int8(0)  # adapters and maps are int8, whatever the model's own format
 _MINUS_INFINITY = np.float32(-np.inf)
+
+
+@njit(nogil=True, error_model="numpy")
+def use_rows(control: int, own: int, first: int, rows: int) -> None:
+    """Have the phases that follow work on ``rows`` rows, at the command's positions from number ``first`` on."""
+    put_i64(own + 8 * OWN_ROWS, rows)
+    put_i64(own + 8 * OWN_POSITIONS, get_i64(control + 8 * POSITIONS) + 8 * first)
+    put_i64(own + 8 * OWN_WRITES, get_i64(control + 8 * WRITES) + 8 * first)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -120,7 +133,7 @@ def _add_raised(own: int, adapter: int, first: int, count: int, out: int) -> Non
 @njit(nogil=True, error_model="numpy")
 def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: int, adapter: int) -> None:
     """SiLU(gate) * up into ``act [rows, F]``; each task computes the same block of both."""
-    rows = get_i64(control + 8 * ROWS)
+    rows = get_i64(own + 8 * OWN_ROWS)
     inputs, size = get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * OUTPUTS) // 2
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
     raw = get_i64(control + 8 * GATE_UP)
@@ -147,7 +160,7 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
 @njit(nogil=True, error_model="numpy")
 def norm_rows(control: int, own: int, weight: int) -> None:
     """RMSNorm of this thread's own copy of the residual rows, into its own scratch."""
-    rows, size = get_i64(control + 8 * ROWS), get_i64(control + 8 * HIDDEN_SIZE)
+    rows, size = get_i64(own + 8 * OWN_ROWS), get_i64(control + 8 * HIDDEN_SIZE)
     h, x, eps = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_X), get_f32(control + 8 * EPS)
     for row in range(rows):
         norm_row(x + 4 * row * size, h + 4 * row * size, weight, eps, size)
@@ -158,7 +171,7 @@ def _add_residual(control: int, own: int, linear: int, adapter: int, x: int) -> 
     """Add a linear's parts to this thread's own copy of the residual rows; to row 1 also what an adapter
     makes of the linear's input ``x``."""
     size = get_i64(control + 8 * HIDDEN_SIZE)
-    count = get_i64(control + 8 * ROWS) * size
+    count = get_i64(own + 8 * OWN_ROWS) * size
     h = get_i64(own + 8 * OWN_H)
     add_parts(h, get_i64(control + 8 * PARTS_BUFFER), 4 * count, get_i64(linear + 8 * PARTS), count)
     if adapter != 0:
@@ -201,7 +214,7 @@ def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> N
     """Rotated keys and values of all rows that write, into the cache. Every thread writes the same bits,
     which is cheaper than a barrier."""
     rows, heads, kv_heads = (
-        get_i64(control + 8 * ROWS),
+        get_i64(own + 8 * OWN_ROWS),
         get_i64(control + 8 * HEADS),
         get_i64(control + 8 * KV_HEADS),
     )
@@ -211,9 +224,9 @@ def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> N
     parts = get_i64(layer + 8 * (QKV + PARTS))
     norm, whole = get_i64(layer + 8 * K_NORM), get_i64(control + 8 * WHOLE_NORM) != 0
     for row in range(rows):
-        if get_i64(get_i64(control + 8 * WRITES) + 8 * row) == 0:
+        if get_i64(get_i64(own + 8 * OWN_WRITES) + 8 * row) == 0:
             continue
-        position = get_i64(get_i64(control + 8 * POSITIONS) + 8 * row)
+        position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
         factor = np.float32(1.0)
         if whole:
             keys = buffer + 4 * (row * width + heads * size)
@@ -240,13 +253,13 @@ def _attend(
 ) -> None:
     """One query head of one row over the slots it sees."""
     rows, heads, kv_heads = (
-        get_i64(control + 8 * ROWS),
+        get_i64(own + 8 * OWN_ROWS),
         get_i64(control + 8 * HEADS),
         get_i64(control + 8 * KV_HEADS),
     )
     size, capacity = get_i64(control + 8 * HEAD_DIM), get_i64(control + 8 * CAPACITY)
     width = (heads + 2 * kv_heads) * size
-    position = get_i64(get_i64(control + 8 * POSITIONS) + 8 * row)
+    position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
     query, scores = get_i64(own + 8 * OWN_KV), get_i64(own + 8 * OWN_SCORES)
     source = get_i64(control + 8 * QKV_BUFFER) + 4 * (row * width + head * size)
     _join(query, source, 4 * rows * width, get_i64(layer + 8 * (QKV + PARTS)), size)
@@ -288,7 +301,7 @@ def _attend(
 @njit(nogil=True, error_model="numpy")
 def _attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, x: int, adapter: int) -> None:
     """All heads of all rows; ``x`` is what the projection was made of."""
-    heads, rows = get_i64(control + 8 * HEADS), get_i64(control + 8 * ROWS)
+    heads, rows = get_i64(control + 8 * HEADS), get_i64(own + 8 * OWN_ROWS)
     tasks = rows * heads
     _write_cache(kv, kv_size, control, own, layer)
     if get_i64(control + 8 * WHOLE_NORM) != 0:
@@ -341,7 +354,7 @@ def attend_layer(
 ) -> None:
     """The attention part of a layer on every thread's own copy of the residual rows. ``query`` and ``output`` are
     adapters for row 1, ``beside`` is one beside the whole part, for the ``last`` rows; or 0."""
-    rows, x = get_i64(control + 8 * ROWS), get_i64(own + 8 * OWN_X)
+    rows, x = get_i64(own + 8 * OWN_ROWS), get_i64(own + 8 * OWN_X)
     mixed, parts = get_i64(control + 8 * MIXED), get_i64(control + 8 * PARTS_BUFFER)
     first = 4 * (rows - last) * get_i64(control + 8 * HIDDEN_SIZE)
     norm_rows(control, own, get_i64(layer + 8 * ATTN_NORM))
@@ -372,38 +385,7 @@ def run_layer(
     x, act = get_i64(own + 8 * OWN_X), get_i64(control + 8 * ACT)
     norm_rows(control, own, get_i64(layer + 8 * MLP_NORM))
     _gate_up_phase(tag, control, own, layer + 8 * GATE_UP_PROJ, x, act, gate_up)
-    rows, parts = get_i64(control + 8 * ROWS), get_i64(control + 8 * PARTS_BUFFER)
+    rows, parts = get_i64(own + 8 * OWN_ROWS), get_i64(control + 8 * PARTS_BUFFER)
     matmul_phase(tag, control, own, layer + 8 * DOWN_PROJ, act, rows, parts)
     if not last:
         _add_residual(control, own, layer + 8 * DOWN_PROJ, down, act)
-
-
-@njit(nogil=True, error_model="numpy")
-def run_layers(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: int) -> None:
-    """Layers ``FIRST .. LAST - 1`` from ``HIDDEN`` to ``OUT``."""
-    count = get_i64(control + 8 * ROWS) * get_i64(control + 8 * HIDDEN_SIZE)
-    h = get_i64(own + 8 * OWN_H)
-    copy_row(h, get_i64(control + 8 * HIDDEN), count)
-    last = get_i64(control + 8 * LAST)
-    for index in range(get_i64(control + 8 * FIRST), last):
-        layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
-        # Past the last barrier the caller may already be writing the next command, so only rank 0 goes on.
-        run_layer(tag, kv, kv_size, control, own, layer, 0, rank != 0 and index == last - 1)
-    if rank == 0:
-        copy_row(get_i64(control + 8 * OUT), h, count)
-
-
-@njit(nogil=True, error_model="numpy")
-def run_matmul(tag: Any, control: int, own: int) -> None:
-    """``out = linear(norm(hidden))``; the norm is left out where its address is 0."""
-    linear, x, norm = (
-        get_i64(control + 8 * LINEAR),
-        get_i64(control + 8 * HIDDEN),
-        get_i64(control + 8 * NORM),
-    )
-    rows = get_i64(control + 8 * ROWS)
-    if norm != 0:
-        copy_row(get_i64(own + 8 * OWN_H), x, rows * get_i64(control + 8 * HIDDEN_SIZE))
-        norm_rows(control, own, norm)
-        x = get_i64(own + 8 * OWN_X)
-    matmul_phase(tag, control, own, linear, x, rows, get_i64(control + 8 * OUT))

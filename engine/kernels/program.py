@@ -13,9 +13,11 @@ from engine.kernels.control import (
     COMMAND,
     RANK_FIELDS,
     RANKS,
+    ROWS,
     RUN_ATTENTION,
     RUN_DRAFT,
     RUN_EXPERTS,
+    RUN_FORWARD,
     RUN_LAYERS,
     RUN_MATMUL,
     SEEN,
@@ -24,9 +26,10 @@ from engine.kernels.control import (
 )
 from engine.kernels.draft_phases import run_draft
 from engine.kernels.expert_phases import run_attention, run_experts
+from engine.kernels.forward_phases import run_forward, run_layers, run_matmul
 from engine.kernels.intrinsics import atomic_add, atomic_get, get_i64, give_way, pause, put_i64
 from engine.kernels.native import Kinds
-from engine.kernels.phases import run_layers, run_matmul
+from engine.kernels.phases import use_rows
 
 
 @njit(nogil=True, error_model="numpy")
@@ -37,6 +40,8 @@ def execute(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, 
         run_layers(tag, kv, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_MATMUL:
         run_matmul(tag, control, own)
+    elif get_i64(control + 8 * COMMAND) == RUN_FORWARD:
+        run_forward(tag, kv, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_DRAFT:
         run_draft(tag, kv, head, kv_size, control, own, rank)
 
@@ -80,6 +85,7 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
                 if get_i64(control + 8 * COMMAND) == STOP:
                     put_i64(own + 8 * SEEN, -1)
                     break
+            use_rows(control, own, 0, get_i64(control + 8 * ROWS))
             run(tag, kv, head, kv_size, control, own, rank)
             if rank == 0:
                 break

@@ -24,6 +24,7 @@ from engine.kernels.intrinsics import (
     reduce_tree,
     splat,
     store,
+    widen,
 )  # fmt: skip
 
 _LOG2_E = 1.44269504088896341
@@ -88,6 +89,19 @@ def copy_row(typingctx: Any, out: Any, source: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def copy_wide(typingctx: Any, tag: Any, out: Any, source: Any, count: Any) -> Any:
+    """``out = source`` as floats; ``source`` is of the type of ``tag``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, target, base, length = args
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            store(builder, widen(builder, base, signature.args[0], index), _at(builder, target, index))
+        return context.get_dummy_value()
+
+    return types.void(tag, *[types.int64] * 3), codegen
 
 
 @intrinsic

@@ -106,6 +106,36 @@ class FusedStepper:
         """Final norm and head: ``[T, D] -> [T, V]`` float32."""
         return self._multiply(self.decoder.weights.lm_head, hidden, self.final_norm)
 
+    def forward(
+        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """As :class:`engine.models.stepper.Stepper` says, in one command: behind a step that swept the caches, each of
+        Python's and torch's own little ones takes tens of microseconds."""
+        rows = self._check_count(len(begun) + len(ids))
+        start, head = cache.length, self.decoder.weights.lm_head
+        self.follow(cache, start + rows)
+        self.use_tokens(ids)
+        self._begun[: len(begun)] = [row.data_ptr() for row in begun]
+        self.use_positions(range(start, start + rows), (True,) * rows)
+        if rows > self._logits.shape[0]:
+            self._logits = torch.empty(rows, head.out_features)
+        out = torch.empty(rows, self.decoder.config.hidden_size)
+        self.team.run(
+            control.RUN_FORWARD,
+            {
+                control.ROWS: rows,
+                control.BEGUN: len(begun),
+                control.FIRST: depth,
+                control.LAST: len(self._layers),
+                control.HIDDEN: self._begun.ctypes.data,
+                control.OUT: out.data_ptr(),
+                control.NORM: self.final_norm,
+                control.LINEAR: self.table.describe(head).ctypes.data,
+                control.LOGITS: self._logits.data_ptr(),
+            },
+        )
+        return out, self._logits[:rows]
+
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         cache.ensure(cache.length + len(ids))
         for begin in range(0, len(ids), MAX_ROWS):
@@ -117,6 +147,10 @@ class FusedStepper:
         """Where the rows of the next command lie, and which of them write their keys and values."""
         self._positions[: len(positions)] = positions
         self._writes[: len(writes)] = writes
+
+    def use_tokens(self, ids: Sequence[int]) -> None:
+        """The tokens of the next command."""
+        self._ids[: len(ids)] = ids
 
     def matmul(self, linear: Linear, x: Tensor) -> Tensor:
         """``x [T, K] -> [T, N]`` float32, for any linear of this decoder's weight format, such as a cut head."""
@@ -147,7 +181,9 @@ class FusedStepper:
         return out
 
     def _check_rows(self, x: Tensor) -> int:
-        rows = x.shape[0]
+        return self._check_count(x.shape[0])
+
+    def _check_count(self, rows: int) -> int:
         if not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"1 to {MAX_ROWS} rows, not {rows}")
         return rows
@@ -184,11 +220,14 @@ class FusedStepper:
         splits = max(self._parts(m) for m in linears)
         wide = max(layer.qkv.out_features for layer in layers)
         mixed, inner = config.num_heads * config.head_dim, config.intermediate_size
-        self._positions, self._writes = np.zeros(MAX_ROWS, np.int64), np.zeros(MAX_ROWS, np.int64)
+        self._positions, self._writes, self._ids, self._begun = np.zeros((4, MAX_ROWS), np.int64)
+        self._logits = torch.empty(0, self.decoder.weights.lm_head.out_features)
         self._buffers: list[np.ndarray] = []
         fields = {
             control.POSITIONS: self._positions.ctypes.data,
             control.WRITES: self._writes.ctypes.data,
+            control.IDS: self._ids.ctypes.data,
+            control.EMBEDDING: self._embedding.ctypes.data,
             control.LAYERS: self._layers.ctypes.data,
             control.HIDDEN_SIZE: config.hidden_size,
             control.HEADS: config.num_heads,

@@ -19,6 +19,7 @@ from engine.models.cuda_graph import Compute, Graph
 from engine.models.decoder import Decoder, Place
 from engine.models.feed_forward import MixtureOfExperts
 from engine.models.kv_cache import KVCache
+from engine.models.stepper import forward_in_parts
 
 _LEAST_SLOTS = 256  # attention looks at this many slots of the cache, or twice as many, and so on
 _KEPT = 2  # memories of past conversations that are kept for the next ones
@@ -93,6 +94,11 @@ class GraphStepper:
         if rows not in self._heads:
             self._heads[rows] = Graph(lambda hidden: (self.decoder.logits(hidden),), [hidden], self._pool)
         return self._heads[rows](hidden)[0].clone()
+
+    def forward(
+        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        return forward_in_parts(self, ids, cache, begun, depth)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         cache.ensure(cache.length + len(ids))

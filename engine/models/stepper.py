@@ -32,8 +32,33 @@ class Stepper(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """``[T, D] -> [T, V]`` float32."""
 
+    def forward(
+        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Rows behind the cache's tokens through the whole model: first those that have ``begun``, ``[1, D]`` each, and
+        are ``depth`` layers deep already, then those of the tokens ``ids``. The cache's length stays as it is.
+
+        Returns:
+            Their final states ``[T, D]`` and logits ``[T, V]``. The logits last until the next call.
+        """
+
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         """Append ``ids`` to the cache."""
+
+
+def forward_in_parts(
+    stepper: Stepper, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor], depth: int
+) -> tuple[Tensor, Tensor]:
+    """:meth:`Stepper.forward` made of the stepper's other methods."""
+    start, num_layers = cache.length, stepper.decoder.config.num_layers
+    rows = list(begun)
+    if ids:
+        here = start + len(rows)
+        rows.append(stepper.run_layers(stepper.embed(ids), cache, here, 0, depth if begun else num_layers))
+    hidden = torch.cat(rows)
+    if begun:
+        hidden = stepper.run_layers(hidden, cache, start, depth, num_layers)
+    return hidden, stepper.logits(hidden)
 
 
 class TorchStepper:
@@ -55,6 +80,11 @@ class TorchStepper:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
+
+    def forward(
+        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        return forward_in_parts(self, ids, cache, begun, depth)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         self.decoder.prefill(ids, cache)

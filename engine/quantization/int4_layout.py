@@ -54,8 +54,7 @@ def tile(packed: Tensor, scales_and_zeros: Tensor, in_features: int, block: int)
     in place."""
     for part in _pieces(packed, in_features):
         part.copy_(_to_tiles(unpack(part, in_features, block)))
-    groups, outputs, _ = scales_and_zeros.shape
-    whole = outputs // BLOCK * BLOCK
+    whole = scales_and_zeros.shape[1] // BLOCK * BLOCK
     full = scales_and_zeros[:, :whole].unflatten(1, (-1, BLOCK)).transpose(0, 1)
     moved = torch.cat((full.flatten(), scales_and_zeros[:, whole:].flatten()))
     scales_and_zeros.view(-1).copy_(moved)

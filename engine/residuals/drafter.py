@@ -34,7 +34,7 @@ class Draft:
         token: the drafted token that should follow.
         confidence: its probability under the draft distribution.
         slow_state: ``[1, D]``, the fed token's own state after the draft layers.
-        exit_state: ``[D]``, the condition of the next draft step.
+        exit_state: ``[D]``, where the next draft step starts from.
     """
 
     token: int
@@ -52,11 +52,13 @@ class Drafter(Protocol):
     def stepper(self) -> Stepper:
         """What verification continues on."""
 
-    def condition(self, final: Tensor) -> Tensor:
-        """The condition ``[D]`` that a verified position's last state ``[D]`` gives its successor."""
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+        """Feed ``token`` at ``position``: writes the draft layers' keys and values there.
 
-    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
-        """Feed ``token`` at ``position``: writes the draft layers' keys and values there."""
+        Args:
+            state: what is known of the position before, ``[D]``: its final state if it is verified, else the exit state
+                of its draft step.
+        """
 
 
 class TorchDrafter:
@@ -71,22 +73,19 @@ class TorchDrafter:
         self._vocab = vocab.tolist()
         self._head = cut_head(decoder, vocab)
 
-    def condition(self, final: Tensor) -> Tensor:
-        return unit_rms(final, self.decoder.config.norm_eps)
-
-    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
         cache.ensure(position + 1)
         slots = min(cache.capacity, -(-(position + 1) // 16) * 16)
         self.decoder.rope.ensure(slots)
         here = torch.tensor([[position]], device=self.decoder.device)
-        return self._drafted(*self.compute(self.embed(token), condition, here, cache, slots))
+        return self._drafted(*self.compute(self.embed(token), state, here, cache, slots))
 
     def embed(self, token: int) -> Tensor:
         """``[1, D]``."""
         return self.decoder.embed(torch.tensor([[token]]))[0]
 
     def compute(
-        self, embedded: Tensor, condition: Tensor, here: Tensor, cache: KVCache, slots: int
+        self, embedded: Tensor, state: Tensor, here: Tensor, cache: KVCache, slots: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One draft step without waiting for it.
 
@@ -99,6 +98,7 @@ class TorchDrafter:
             ``[1, D]``; the exit state ``[D]``.
         """
         decoder, accelerator = self.decoder, self.accelerator
+        condition = unit_rms(state, decoder.config.norm_eps)
         rows = torch.cat((embedded, accelerator.begin(embedded, condition)))[None]  # [1, 2, D]
         for index in range(self.depth):
             rows = self._layer(index, rows, here, cache, slots)
@@ -150,16 +150,14 @@ class GraphDrafter(TorchDrafter):
         super().__init__(stepper, accelerator)
         self._graphs = stepper
 
-    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
         cache.ensure(position + 1)
         slots = self._graphs.num_slots(cache, position + 1)
 
-        def compute(
-            own: KVCache, embedded: Tensor, condition: Tensor, position: Tensor
-        ) -> tuple[Tensor, ...]:
-            return self.compute(embedded, condition, position.view(1, 1), own, slots)
+        def compute(own: KVCache, embedded: Tensor, state: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+            return self.compute(embedded, state, position.view(1, 1), own, slots)
 
-        inputs = self.embed(token), condition, position
+        inputs = self.embed(token), state, position
         best, slow_state, exit_state = self._graphs.run(cache, ("draft", id(self), slots), compute, *inputs)
         return self._drafted(best, slow_state.clone(), exit_state.clone())
 

@@ -50,11 +50,8 @@ class UnionDrafter:
     def stepper(self) -> Stepper:
         return self._inner.stepper
 
-    def condition(self, final: Tensor) -> Tensor:
-        return self._inner.condition(final)
-
-    def draft(self, token: int, condition: Tensor, cache: KVCache, position: int) -> Draft:
-        draft = self._inner.draft(token, condition, cache, position)
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+        draft = self._inner.draft(token, state, cache, position)
         with torch.inference_mode():
             keys = named_experts(self._stream, draft, self._count)
         self._cache.prefetch(key for key in keys if key[0] < self._last)

@@ -1,0 +1,95 @@
+"""Rows through layers, through one matmul, or through the whole model, as every thread of the team runs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from engine.kernels.control import (
+    BEGUN,
+    EMBEDDING,
+    FIRST,
+    HIDDEN,
+    HIDDEN_SIZE,
+    IDS,
+    LAST,
+    LAYER_FIELDS,
+    LAYERS,
+    LINEAR,
+    LOGITS,
+    NORM,
+    OUT,
+    OWN_H,
+    OWN_X,
+    ROWS,
+)  # fmt: skip
+from engine.kernels.intrinsics import get_i64, put_i64
+from engine.kernels.phases import matmul_phase, norm_rows, run_layer, use_rows
+from engine.kernels.rows import copy_row, copy_wide
+
+
+@njit(nogil=True, error_model="numpy")
+def run_layers(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: int) -> None:
+    """Layers ``FIRST .. LAST - 1`` from ``HIDDEN`` to ``OUT``."""
+    count = get_i64(control + 8 * ROWS) * get_i64(control + 8 * HIDDEN_SIZE)
+    h = get_i64(own + 8 * OWN_H)
+    copy_row(h, get_i64(control + 8 * HIDDEN), count)
+    last = get_i64(control + 8 * LAST)
+    for index in range(get_i64(control + 8 * FIRST), last):
+        layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
+        # Past the last barrier the caller may already be writing the next command, so only rank 0 goes on.
+        run_layer(tag, kv, kv_size, control, own, layer, 0, rank != 0 and index == last - 1)
+    if rank == 0:
+        copy_row(get_i64(control + 8 * OUT), h, count)
+
+
+@njit(nogil=True, error_model="numpy")
+def run_matmul(tag: Any, control: int, own: int) -> None:
+    """``OUT = LINEAR(norm(HIDDEN))``; the norm is left out where its address is 0."""
+    x, norm = get_i64(control + 8 * HIDDEN), get_i64(control + 8 * NORM)
+    rows = get_i64(control + 8 * ROWS)
+    if norm != 0:
+        copy_row(get_i64(own + 8 * OWN_H), x, rows * get_i64(control + 8 * HIDDEN_SIZE))
+        norm_rows(control, own, norm)
+        x = get_i64(own + 8 * OWN_X)
+    matmul_phase(tag, control, own, get_i64(control + 8 * LINEAR), x, rows, get_i64(control + 8 * OUT))
+
+
+@njit(nogil=True, error_model="numpy")
+def run_forward(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: int) -> None:
+    """``ROWS`` rows through all layers up to ``LAST``, to ``OUT``, and through final norm and head, to ``LOGITS``.
+
+    The first ``BEGUN`` rows are ``FIRST`` layers deep already and lie where the addresses at ``HIDDEN`` say; the others
+    are tokens ``IDS``, of the table ``EMBEDDING`` in the cache's type.
+    """
+    size, rows, begun = (
+        get_i64(control + 8 * HIDDEN_SIZE),
+        get_i64(control + 8 * ROWS),
+        get_i64(control + 8 * BEGUN),
+    )
+    h, first, last = get_i64(own + 8 * OWN_H), get_i64(control + 8 * FIRST), get_i64(control + 8 * LAST)
+    fresh = h + 4 * begun * size
+    for row in range(rows - begun):
+        token = get_i64(get_i64(control + 8 * IDS) + 8 * row)
+        copy_wide(kv, fresh + 4 * row * size, get_i64(control + 8 * EMBEDDING) + kv_size * token * size, size)
+    layers = get_i64(control + 8 * LAYERS)
+    if begun != 0:
+        if begun < rows:
+            put_i64(own + 8 * OWN_H, fresh)
+            use_rows(control, own, begun, rows - begun)
+            for index in range(first):
+                run_layer(tag, kv, kv_size, control, own, layers + index * (8 * LAYER_FIELDS), 0, False)
+            put_i64(own + 8 * OWN_H, h)
+            use_rows(control, own, 0, rows)
+        for row in range(begun):
+            copy_row(h + 4 * row * size, get_i64(get_i64(control + 8 * HIDDEN) + 8 * row), size)
+    else:
+        first = 0
+    for index in range(first, last):
+        run_layer(tag, kv, kv_size, control, own, layers + index * (8 * LAYER_FIELDS), 0, False)
+    if rank == 0:
+        copy_row(get_i64(control + 8 * OUT), h, rows * size)
+    norm_rows(control, own, get_i64(control + 8 * NORM))
+    logits, x = get_i64(control + 8 * LOGITS), get_i64(own + 8 * OWN_X)
+    matmul_phase(tag, control, own, get_i64(control + 8 * LINEAR), x, rows, logits)
