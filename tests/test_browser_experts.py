@@ -31,15 +31,16 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny-moe"
-    return save_model(folder, "qwen3_moe", num_hidden_layers=8, num_experts=32, max_position_embeddings=2048)
+    return save_model(folder, "qwen3_moe", num_hidden_layers=8, num_experts=32, max_position_embeddings=16384)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
     (folder / "data").mkdir()
-    # The likeliest token each time: a random model repeats itself then, and its answer does not end by chance.
-    greedy = {"temperature": 0.0, "repetition_penalty": 1.0}
+    # The likeliest token each time: a random model repeats itself then, and its answer does not end by chance, nor
+    # by its length while the test looks.
+    greedy = {"temperature": 0.0, "repetition_penalty": 1.0, "max_new_tokens": 8192}
     (folder / "data" / "settings.json").write_text(json.dumps(greedy))
     return folder
 

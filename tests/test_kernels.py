@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from llvmlite import binding, ir
@@ -17,6 +18,7 @@ from numba import njit
 from torch import Tensor
 
 from engine.kernels import fused_unavailable, make_fused_stepper
+from engine.kernels.attention_tiles import mix_tile, score_tile
 from engine.kernels.byte_dots import KINDS, available
 from engine.kernels.int4_tiles import int4_tile
 from engine.models.config import ModelConfig, RopeConfig
@@ -307,6 +309,56 @@ def test_every_instruction_gives_the_same_bits(name: str, rows: int) -> None:
     wanted = x @ ((codes.double() - 8) * scale + zero).T
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert torch.equal(got, run_tile("generic", rows, packed, scales, rounded, extras))
+
+
+@pytest.mark.parametrize("queries", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_that_share_a_tile_keep_their_bits(queries: int, dtype: torch.dtype) -> None:
+    tag = np.float32(0) if dtype == torch.float32 else np.uint16(0)
+    x, rows = torch.randn(queries, 48), torch.randn(11, 48).to(dtype)
+    step = rows.stride(0) * rows.itemsize
+    together, alone = score_tile(queries), score_tile(1)
+    mix_together, mix_alone = mix_tile(queries, 2), mix_tile(1, 2)
+
+    @njit
+    def share(x: int, rows: int, scores: int, out: int) -> None:
+        together(tag, x, 192, rows, step, 1, 11, 48, np.float32(0.5), scores, 64)
+        mix_together(tag, scores, 64, rows, step, 1, 11, out, 128)
+
+    @njit
+    def one(x: int, rows: int, scores: int, out: int) -> None:
+        for first, last in ((1, 4), (4, 11)):  # cut wherever
+            alone(tag, x, 0, rows, step, first, last, 48, np.float32(0.5), scores, 0)
+            mix_alone(tag, scores, 0, rows, step, first, last, out, 0)
+
+    shared, own = torch.zeros(2, queries, 16), torch.zeros(2, queries, 32)
+    share(x.data_ptr(), rows.data_ptr(), shared[0].data_ptr(), own[0].data_ptr())
+    for query in range(queries):
+        one(x[query].data_ptr(), rows.data_ptr(), shared[1, query].data_ptr(), own[1, query].data_ptr())
+    assert torch.equal(*shared) and torch.equal(*own)
+    scores = 0.5 * x @ rows.float().T
+    torch.testing.assert_close(shared[0, :, 1:11], scores[:, 1:])
+    torch.testing.assert_close(own[0], scores[:, 1:] @ rows[1:, :32].float())
+
+
+@pytest.mark.parametrize("windows", [(), (70, None, 3)])
+def test_rows_keep_their_bits_wherever_chunks_end(windows: tuple[int | None, ...]) -> None:
+    """150 rows in calls of 64, 3 and 1: chunks end within calls, windows begin within chunks, and a call may have more
+    rows than an attention task."""
+    changes = {**PLAIN, "num_heads": 6, "num_kv_heads": 2, "sliding_windows": windows}
+    decoder = make_decoder("fp32", **changes)
+    stepper = make_fused_stepper(decoder, num_threads=3)
+    hidden, results = torch.randn(150, decoder.config.hidden_size), []
+    for count in (64, 3, 1):
+        cache = decoder.new_cache(160)
+        pieces = [
+            stepper.run_layers(rows, cache, count * number, 0, 3)
+            for number, rows in enumerate(hidden.split(count))
+        ]
+        results.append(torch.cat(pieces))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    wanted = expected_layers(decoder, hidden, list(range(150)))
+    torch.testing.assert_close(results[0].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_instruction_for_arm_is_one() -> None:

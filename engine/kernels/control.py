@@ -9,8 +9,8 @@ from __future__ import annotations
 SEQUENCE, ARRIVED = 0, 16
 (
     COMMAND, THREADS, ROWS, FIRST, LAST, HIDDEN, OUT, POSITIONS, WRITES, LAYERS, COS, SIN, CAPACITY,
-    HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, EPS, QKV_BUFFER, MIXED, PARTS_BUFFER, ACT, GATE_UP, NORM, LINEAR,
-) = range(48, 73)  # fmt: skip
+    HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, EPS, QKV_BUFFER, PARTS_BUFFER, ACT, GATE_UP, NORM, LINEAR,
+) = range(48, 72)  # fmt: skip
 # For draft steps. The maps and the head are addresses of descriptors; START_MAP is 0 where there is none.
 ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS, CONFIDENCE = range(73, 81)
 # For layers with experts (:mod:`engine.kernels.expert_phases`).
@@ -20,18 +20,20 @@ ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS
 ) = range(81, 100)  # fmt: skip
 # For whole passes: rows that are some layers deep already, and tokens.
 BEGUN, IDS, EMBEDDING, LOGITS, NO_GAIN = range(100, 105)
+RECORDS = 105  # of attention, two buffers of them
 RANKS = 112  # per thread RANK_FIELDS
 RANK_FIELDS = 32
 (
-    EPOCH, PHASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED, OWN_FACTORS,
-    OWN_PAIR, OWN_LOGITS, OWN_ROWS, OWN_POSITIONS, OWN_WRITES,
-) = range(17)  # fmt: skip
+    EPOCH, PHASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,
+    OWN_PAIR, OWN_LOGITS, OWN_ROWS, OWN_POSITIONS, OWN_WRITES, OWN_QUERIES, OWN_MIXED,
+) = range(18)  # fmt: skip
 TICKETS = 24  # two of them, which other threads may draw from as well
 RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 8)
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.
 LINEAR_FIELDS = 6
 WEIGHT, SCALES, BIAS, OUTPUTS, INPUTS, PARTS = range(LINEAR_FIELDS)
+ATTENTION_CHUNK, ATTENTION_ROWS = 64, 8  # slots, and rows, of an attention task
 BLOCK = 32  # outputs of a task, of any format
 
 # A layer's record: norms, window (0: none), cache, then four linears.

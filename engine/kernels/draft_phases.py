@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from engine.kernels.adapter_phases import ADAPTER_TAG
 from engine.kernels.barrier import wait
 from engine.kernels.control import (
     ADAPTER_FIELDS,
@@ -39,7 +40,7 @@ from engine.kernels.control import (
     START_MAP,
 )  # fmt: skip
 from engine.kernels.intrinsics import get_f32, get_i64, put_f32, top
-from engine.kernels.phases import ADAPTER_TAG, matmul_phase, run_layer
+from engine.kernels.phases import matmul_phase, run_layer
 from engine.kernels.rows import add_parts, copy_row, copy_wide, exp_row, norm_row
 
 

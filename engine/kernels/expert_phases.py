@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from engine.kernels.adapter_phases import add_raised_rows, lower_rows
 from engine.kernels.barrier import take, wait
 from engine.kernels.control import (
     ADD_UP,
@@ -61,7 +62,7 @@ from engine.kernels.control import (
 )  # fmt: skip
 from engine.kernels.intrinsics import get_f32, get_i64, put_f32, put_i64, top
 from engine.kernels.matmul import multiply_block, prepare_rows
-from engine.kernels.phases import add_raised_rows, attend_layer, lower_rows, matmul_phase, norm_rows
+from engine.kernels.phases import attend_layer, matmul_phase, norm_rows
 from engine.kernels.rows import add_parts, add_scaled, copy_row, exp_row, silu_times
 
 _LOWEST = np.float32(-3.0e38)  # of logits; one that is no number counts as this

@@ -79,6 +79,14 @@ def widen(builder: Any, address: Any, element: Any, index: Any) -> Any:
     raise TypeError(f"no vector load for {element}")
 
 
+def round_bf16(builder: Any, value: Any) -> Any:
+    """The bits of 16 floats as bfloat16, rounded to nearest even."""
+    bits = builder.bitcast(value, VI32)
+    odd = builder.and_(builder.lshr(bits, constant(_BF16_SHIFT, VI32)), constant(1, VI32))
+    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF, VI32)))
+    return builder.trunc(builder.lshr(rounded, constant(_BF16_SHIFT, VI32)), ir.VectorType(I16, LANES))
+
+
 def reduce_tree(builder: Any, vector: Any) -> Any:
     """Sum of 16 lanes, halves added to halves."""
     return _reduce(builder, vector, builder.fadd)
@@ -176,24 +184,6 @@ def put_i64(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
-def put_rounded(typingctx: Any, tag: Any, address: Any, value: Any) -> Any:
-    """Store a float at ``address`` in the type of ``tag``: float32, or uint16 for bfloat16 (to nearest even)."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, where, number = args
-        if signature.args[0] == types.float32:
-            store(builder, number, where)
-        else:
-            bits = builder.bitcast(number, I32)
-            odd = builder.and_(builder.lshr(bits, I32(_BF16_SHIFT)), I32(1))
-            rounded = builder.add(bits, builder.add(odd, I32(0x7FFF)))
-            store(builder, builder.trunc(builder.lshr(rounded, I32(_BF16_SHIFT)), I16), where)
-        return context.get_dummy_value()
-
-    return types.void(tag, types.int64, types.float32), codegen
-
-
-@intrinsic
 def get_wide(typingctx: Any, tag: Any, address: Any) -> Any:
     """The float32 or bfloat16 (``tag`` uint16) at ``address`` as float32."""
 
@@ -271,33 +261,7 @@ def dot(typingctx: Any, tag: Any, x: Any, y: Any, count: Any) -> Any:
     return types.float32(tag, types.int64, types.int64, types.int64), codegen
 
 
-@intrinsic
-def dots(typingctx: Any, tag: Any, x: Any, rows: Any, stride: Any, count: Any, factor: Any, out: Any) -> Any:
-    """``out[0:4]``: ``factor`` times the :func:`dot` of ``x`` with four rows that lie ``stride`` bytes apart."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, left, base, step, length, scalar, target = args
-        row = [offset(builder, base, builder.mul(step, I64(r))) for r in range(4)]
-        totals = [cgutils.alloca_once(builder, VF32) for _ in row]
-        for total in totals:
-            builder.store(constant(0.0), total)
-        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
-            a = widen(builder, left, types.float32, index)
-            for address, total in zip(row, totals, strict=True):
-                b = widen(builder, address, signature.args[0], index)
-                builder.store(fma(builder, a, b, builder.load(total)), total)
-        sums = _reduce_four(builder, [builder.load(total) for total in totals])
-        factors = ir.Constant(sums.type, ir.Undefined)
-        for lane in range(4):
-            factors = builder.insert_element(factors, scalar, I32(lane))
-        store(builder, builder.fmul(sums, factors), target)
-        return context.get_dummy_value()
-
-    kinds = [types.int64] * 4
-    return types.void(tag, *kinds, types.float32, types.int64), codegen
-
-
-def _reduce_four(builder: Any, vectors: list[Any]) -> Any:
+def reduce_four(builder: Any, vectors: list[Any]) -> Any:
     """The four sums of 16 lanes, each added up in the order of :func:`reduce_tree`."""
 
     def halve(a: Any, b: Any, chunks: tuple[int, ...], size: int) -> Any:
@@ -324,41 +288,6 @@ def top(typingctx: Any, x: Any, count: Any) -> Any:
         return reduce_max(builder, builder.load(best))
 
     return types.float32(types.int64, types.int64), codegen
-
-
-@intrinsic
-def mix(typingctx: Any, tag: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any) -> Any:
-    """``out[0:32] = sum_s weights[s] * values[s]`` over ``count`` rows that lie ``stride`` bytes apart."""
-    return _mix_signature(tag), _mix(2)
-
-
-@intrinsic
-def mix_narrow(typingctx: Any, tag: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any) -> Any:
-    """As :func:`mix`, 16 outputs."""
-    return _mix_signature(tag), _mix(1)
-
-
-def _mix_signature(tag: Any) -> Any:
-    return types.void(tag, *[types.int64] * 5)
-
-
-def _mix(vectors: int) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _, w, base, step, length, target = args
-        totals = [cgutils.alloca_once(builder, VF32) for _ in range(vectors)]
-        for total in totals:
-            builder.store(constant(0.0), total)
-        with cgutils.for_range(builder, length, intp=I64) as loop:
-            weight = splat(builder, load(builder, offset(builder, w, builder.mul(loop.index, I64(4))), F32))
-            row = offset(builder, base, builder.mul(loop.index, step))
-            for v, total in enumerate(totals):
-                value = widen(builder, row, signature.args[0], I64(LANES * v))
-                builder.store(fma(builder, weight, value, builder.load(total)), total)
-        for v, total in enumerate(totals):
-            store(builder, builder.load(total), offset(builder, target, 4 * LANES * v))
-        return context.get_dummy_value()
-
-    return codegen
 
 
 @intrinsic

@@ -10,6 +10,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.intrinsics import (
+    I32,
     I64,
     LANES,
     VF32,
@@ -22,6 +23,7 @@ from engine.kernels.intrinsics import (
     offset,
     put_f32,
     reduce_tree,
+    round_bf16,
     splat,
     store,
     widen,
@@ -137,6 +139,61 @@ def add_scaled(typingctx: Any, out: Any, x: Any, factor: Any, count: Any) -> Any
 
 
 @intrinsic
+def times_row(typingctx: Any, x: Any, factor: Any, count: Any) -> Any:
+    """``x *= factor``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, scalar, length = args
+        wide = splat(builder, scalar)
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            where = _at(builder, base, index)
+            store(builder, builder.fmul(load(builder, where, VF32), wide), where)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
+def fill_row(typingctx: Any, out: Any, value: Any, count: Any) -> Any:
+    """``out = value``, ``count`` floats."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, scalar, length = args
+        wide = splat(builder, scalar)
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            store(builder, wide, _at(builder, base, index))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
+def narrow_row(typingctx: Any, tag: Any, out: Any, x: Any, count: Any) -> Any:
+    """``out = x`` in the type of ``tag``: float32, or uint16 for bfloat16 (to nearest even)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _, target, base, length = args
+        size = signature.args[0].bitwidth // 8
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            value = load(builder, _at(builder, base, index), VF32)
+            where = offset(builder, target, builder.mul(index, I64(size)))
+            store(builder, value if size == 4 else round_bf16(builder, value), where)
+        return context.get_dummy_value()
+
+    return types.void(tag, *[types.int64] * 3), codegen
+
+
+@intrinsic
+def exp_one(typingctx: Any, x: Any) -> Any:
+    """``exp(x)``, with the bits of :func:`exp_row`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.extract_element(_exp(builder, splat(builder, args[0])), I32(0))
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
 def silu_times(typingctx: Any, out: Any, gate: Any, up: Any, count: Any) -> Any:
     """``out = silu(gate) * up``."""
 
@@ -182,10 +239,31 @@ def norm_row(out: int, x: int, weight: int, eps: float, count: int) -> None:
     scale_row(out, x, weight, np.float32(1.0) / np.sqrt(np.float32(mean + eps)), count)
 
 
+@intrinsic
+def _rotate(typingctx: Any, x: Any, cos: Any, sin: Any, half: Any, count: Any) -> Any:
+    """Pairs ``0 .. count - 1`` of a head, in 16s."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        base, cosines, sines, middle, length = args
+        upper = _at(builder, base, middle)
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            places = [_at(builder, at, index) for at in (base, upper, cosines, sines)]
+            first, second, c, s = (load(builder, place, VF32) for place in places)
+            low = builder.fsub(builder.fmul(first, c), builder.fmul(second, s))
+            high = builder.fadd(builder.fmul(second, c), builder.fmul(first, s))
+            store(builder, low, places[0])
+            store(builder, high, places[1])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), codegen
+
+
 @njit(nogil=True, error_model="numpy")
 def rotate_row(x: int, cos: int, sin: int, half: int) -> None:
     """Rotate one head ``[2 * half]`` in place; its two halves form the pairs. ``half`` is any number."""
-    for i in range(half):
+    whole = half // 16 * 16
+    _rotate(x, cos, sin, half, whole)
+    for i in range(whole, half):
         c, s = get_f32(cos + 4 * i), get_f32(sin + 4 * i)
         first, second = get_f32(x + 4 * i), get_f32(x + 4 * (half + i))
         put_f32(x + 4 * i, first * c - second * s)

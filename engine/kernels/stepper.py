@@ -56,7 +56,7 @@ class FusedStepper:
         self.final_norm = self.table.vector(decoder.weights.final_norm)
         self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
         self._rope_seen = -1
-        self._score_slots = self._adapter_rank = 0
+        self._record_slots = self._adapter_rank = 0
         self._allocate()
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -235,7 +235,6 @@ class FusedStepper:
             control.HEAD_DIM: config.head_dim,
             control.EPS: int(np.float32(config.norm_eps).view(np.int32)),
             control.QKV_BUFFER: self.buffer(splits * wide),
-            control.MIXED: self.buffer(mixed),
             control.PARTS_BUFFER: self.buffer(splits * config.hidden_size),
             control.ACT: self.buffer(inner),
             control.GATE_UP: self.buffer(2 * inner),
@@ -249,7 +248,9 @@ class FusedStepper:
             fields[own + control.OWN_ROUNDED] = self.buffer(-(-self._max_inputs // 4))
             fields[own + control.OWN_EXTRAS] = self.buffer(-(-self._max_inputs // 32) * 4)
             fields[own + control.OWN_KV] = self.buffer(config.head_dim)
-            fields[own + control.OWN_FACTORS] = self.buffer(1)
+            fields[own + control.OWN_QUERIES] = self.buffer(mixed)
+            fields[own + control.OWN_MIXED] = self.buffer(mixed)
+            fields[own + control.OWN_SCORES] = self.buffer(control.ATTENTION_CHUNK)
         for field, value in fields.items():
             self.team.control[field] = value
 
@@ -286,9 +287,9 @@ class FusedStepper:
             self._layers[:, control.VALUES] = [values.data_ptr() for values in cache.values]
             block[control.CAPACITY] = cache.capacity
             self._cache_seen = (weakref.ref(cache), cache.generation)
-        if cache.capacity > self._score_slots:
-            self._scores = np.zeros((self.num_threads, cache.capacity + 64), np.float32)
-            for rank in range(self.num_threads):
-                own = control.RANKS + rank * control.RANK_FIELDS
-                block[own + control.OWN_SCORES] = self._scores[rank].ctypes.data
-            self._score_slots = cache.capacity
+        if cache.capacity > self._record_slots:
+            chunks = cache.capacity // control.ATTENTION_CHUNK + 2
+            queries = control.ATTENTION_ROWS * self.decoder.config.num_heads
+            self._records = np.empty((2, chunks * queries * (self.decoder.config.head_dim + 16)), np.float32)
+            block[control.RECORDS : control.RECORDS + 2] = [part.ctypes.data for part in self._records]
+            self._record_slots = cache.capacity

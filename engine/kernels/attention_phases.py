@@ -1,0 +1,366 @@
+"""Attention, as every thread of the team runs it between barriers.
+
+The slots that rows look at are cut into chunks at fixed places, and a task is one chunk for all query heads that share
+its keys and values, of several rows. What it makes of a chunk (the best score, the sum of the weights, the weighted
+values) is joined chunk by chunk, in the same order for a row whatever rows it shares the call with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from engine.kernels.adapter_phases import add_raised, lower
+from engine.kernels.attention_tiles import TOGETHER, mix_tile, score_tile
+from engine.kernels.barrier import take, wait
+from engine.kernels.control import (
+    ATTENTION_CHUNK as CHUNK,
+)  # fmt: skip
+from engine.kernels.control import (
+    ATTENTION_ROWS as ROWS_AT_ONCE,
+)
+from engine.kernels.control import (
+    CAPACITY,
+    COS,
+    EPS,
+    HEAD_DIM,
+    HEADS,
+    INPUTS,
+    K_NORM,
+    KEYS,
+    KV_HEADS,
+    OWN_KV,
+    OWN_MIXED,
+    OWN_POSITIONS,
+    OWN_QUERIES,
+    OWN_ROWS,
+    OWN_SCORES,
+    OWN_WRITES,
+    PARTS,
+    PHASE,
+    Q_NORM,
+    QKV,
+    QKV_BUFFER,
+    RECORDS,
+    SIN,
+    VALUES,
+    WHOLE_NORM,
+    WINDOW,
+)
+from engine.kernels.intrinsics import dot, get_f32, get_i64, put_f32, top
+from engine.kernels.rows import (
+    add_parts,
+    add_scaled,
+    copy_row,
+    exp_one,
+    exp_row,
+    fill_row,
+    narrow_row,
+    norm_row,
+    rotate_row,
+    scale_row,
+    times_row,
+)
+
+_FLOAT32 = np.float32(0.0)
+_MINUS_INFINITY = np.float32(-np.inf)
+_HEADER = 16  # floats of a record before its weighted values: best score, sum of weights
+
+_s1, _s2, _s3, _s4 = (score_tile(queries) for queries in (1, 2, 3, 4))
+_m1, _m2, _m3, _m4 = (mix_tile(queries, 2) for queries in (1, 2, 3, 4))
+_narrow = mix_tile(1, 1)
+
+
+@njit(nogil=True, error_model="numpy")
+def attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, x: int, adapter: int) -> None:
+    """All heads of all rows, into this thread's own ``MIXED [rows, heads * size]``; ``x`` is what the projection was
+    made of, ``adapter`` the one of row 1's queries, or 0."""
+    _write_cache(kv, kv_size, control, own, layer)
+    if adapter != 0:
+        lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)))
+    _prepare_queries(control, own, layer, adapter)
+    rows, window = get_i64(own + 8 * OWN_ROWS), get_i64(layer + 8 * WINDOW)
+    for first in range(0, rows, ROWS_AT_ONCE):
+        count = min(ROWS_AT_ONCE, rows - first)
+        positions = get_i64(own + 8 * OWN_POSITIONS) + 8 * first
+        lowest, highest = get_i64(positions), 0
+        for row in range(count):
+            lowest = min(lowest, _begin(get_i64(positions + 8 * row), window))
+            highest = max(highest, get_i64(positions + 8 * row))
+        begin, chunks = lowest // CHUNK, highest // CHUNK + 1 - lowest // CHUNK
+        # Two buffers by turns: others may still be joining what the last phase left in the other one.
+        records = get_i64(control + 8 * (RECORDS + get_i64(own + 8 * PHASE) % 2))
+        step = (
+            count * (get_i64(control + 8 * HEADS) // get_i64(control + 8 * KV_HEADS)) * _record_bytes(control)
+        )
+        tasks = get_i64(control + 8 * KV_HEADS) * chunks
+        task = take(control, own, tasks)
+        while task >= 0:
+            group, chunk = task // chunks, begin + task % chunks
+            _attend_chunk(kv, kv_size, control, own, layer, first, count, group, chunk, records + task * step)
+            task = take(control, own, tasks)
+        wait(control, own)
+        _join_chunks(control, own, window, first, count, begin, chunks, records)
+
+
+@njit(nogil=True, error_model="numpy")
+def _begin(position: int, window: int) -> int:
+    """The first slot that a row sees."""
+    return max(0, position + 1 - window) if window > 0 else 0
+
+
+@njit(nogil=True, error_model="numpy")
+def _seen(position: int, window: int, low: int) -> tuple[int, int]:
+    """Which slots of the chunk that begins with slot ``low`` a row sees: from, and up to, counted in the chunk."""
+    before = max(0, _begin(position, window) - low)
+    return before, max(before, min(CHUNK, position + 1 - low))
+
+
+@njit(nogil=True, error_model="numpy")
+def _record_bytes(control: int) -> int:
+    """Of what a query makes of a chunk. Those of a task lie one behind the other, query by query, and the tasks' too,
+    ``[kv heads, chunks, rows, heads of each]``."""
+    return 4 * (get_i64(control + 8 * HEAD_DIM) + _HEADER)
+
+
+@njit(nogil=True, error_model="numpy")
+def _join(out: int, source: int, part_step: int, parts: int, size: int) -> None:
+    """One head of the projection, its parts added."""
+    copy_row(out, source, size)
+    if parts > 1:
+        add_parts(out, source + part_step, part_step, parts - 1, size)
+
+
+@njit(nogil=True, error_model="numpy")
+def _turn(control: int, head: int, norm: int, position: int) -> None:
+    """Norm a query or key head if ``norm``, and rotate it, in place."""
+    size = get_i64(control + 8 * HEAD_DIM)
+    if norm != 0:
+        norm_row(head, head, norm, get_f32(control + 8 * EPS), size)
+    at = 4 * position * (size // 2)
+    rotate_row(head, get_i64(control + 8 * COS) + at, get_i64(control + 8 * SIN) + at, size // 2)
+
+
+@njit(nogil=True, error_model="numpy")
+def _whole_factor(control: int, own: int, source: int, part_step: int, parts: int, heads: int) -> float:
+    """What an RMSNorm over ``heads`` neighbouring heads of the projection multiplies them by."""
+    size, scratch = get_i64(control + 8 * HEAD_DIM), get_i64(own + 8 * OWN_KV)
+    total = np.float32(0.0)
+    for head in range(heads):
+        _join(scratch, source + 4 * head * size, part_step, parts, size)
+        total += dot(_FLOAT32, scratch, scratch, size)
+    mean = total / np.float32(heads * size)
+    return np.float32(1.0) / np.sqrt(np.float32(mean + get_f32(control + 8 * EPS)))
+
+
+@njit(nogil=True, error_model="numpy")
+def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> None:
+    """Rotated keys and values of all rows that write, into the cache. Every thread writes the same bits,
+    which is cheaper than a barrier."""
+    rows, heads, kv_heads = (
+        get_i64(own + 8 * OWN_ROWS),
+        get_i64(control + 8 * HEADS),
+        get_i64(control + 8 * KV_HEADS),
+    )
+    size, capacity = get_i64(control + 8 * HEAD_DIM), get_i64(control + 8 * CAPACITY)
+    width = (heads + 2 * kv_heads) * size
+    buffer, scratch = get_i64(control + 8 * QKV_BUFFER), get_i64(own + 8 * OWN_KV)
+    parts = get_i64(layer + 8 * (QKV + PARTS))
+    norm, whole = get_i64(layer + 8 * K_NORM), get_i64(control + 8 * WHOLE_NORM) != 0
+    for row in range(rows):
+        if get_i64(get_i64(own + 8 * OWN_WRITES) + 8 * row) == 0:
+            continue
+        position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
+        factor = np.float32(1.0)
+        if whole:
+            keys = buffer + 4 * (row * width + heads * size)
+            factor = _whole_factor(control, own, keys, 4 * rows * width, parts, kv_heads)
+        for head in range(2 * kv_heads):
+            source = buffer + 4 * (row * width + (heads + head) * size)
+            _join(scratch, source, 4 * rows * width, parts, size)
+            cache = get_i64(layer + 8 * KEYS)
+            if head < kv_heads:
+                if whole:
+                    scale_row(scratch, scratch, norm + 4 * head * size, factor, size)
+                _turn(control, scratch, 0 if whole else norm, position)
+            else:
+                cache = get_i64(layer + 8 * VALUES)
+            place = (head % kv_heads) * capacity + position
+            narrow_row(kv, cache + place * size * kv_size, scratch, size)
+
+
+@njit(nogil=True, error_model="numpy")
+def _prepare_queries(control: int, own: int, layer: int, adapter: int) -> None:
+    """All rows' queries, normed and rotated, into this thread's own ``QUERIES [kv heads, rows, heads of each, size]``."""
+    rows, heads = get_i64(own + 8 * OWN_ROWS), get_i64(control + 8 * HEADS)
+    size, kv_heads = get_i64(control + 8 * HEAD_DIM), get_i64(control + 8 * KV_HEADS)
+    width, each = (heads + 2 * kv_heads) * size, heads // kv_heads
+    parts, whole = get_i64(layer + 8 * (QKV + PARTS)), get_i64(control + 8 * WHOLE_NORM) != 0
+    norm = get_i64(layer + 8 * Q_NORM)
+    for row in range(rows):
+        position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
+        source = get_i64(control + 8 * QKV_BUFFER) + 4 * row * width
+        factor = np.float32(1.0)
+        if whole:
+            factor = _whole_factor(control, own, source, 4 * rows * width, parts, heads)
+        for head in range(heads):
+            place = (head // each * rows + row) * each + head % each
+            query = get_i64(own + 8 * OWN_QUERIES) + 4 * place * size
+            _join(query, source + 4 * head * size, 4 * rows * width, parts, size)
+            if adapter != 0 and row == 1:
+                add_raised(own, adapter, head * size, size, query)
+            if whole:
+                scale_row(query, query, norm + 4 * head * size, factor, size)
+            _turn(control, query, 0 if whole else norm, position)
+
+
+@njit(nogil=True, error_model="numpy")
+def _seen(position: int, window: int, low: int) -> tuple[int, int]:
+    """Which slots of the chunk that begins with slot ``low`` a row sees: from, and up to, counted in the chunk."""
+    before = max(0, _begin(position, window) - low)
+    return before, max(before, min(CHUNK, position + 1 - low))
+
+
+@njit(nogil=True, error_model="numpy")
+def _attend_chunk(
+    kv: Any,
+    kv_size: int,
+    control: int,
+    own: int,
+    layer: int,
+    first: int,
+    count: int,
+    group: int,
+    chunk: int,
+    records: int,
+) -> None:
+    """One chunk of one head of keys and values, for all its queries of ``count`` rows from ``first`` on."""
+    each = get_i64(control + 8 * HEADS) // get_i64(control + 8 * KV_HEADS)
+    size, low, record_bytes = get_i64(control + 8 * HEAD_DIM), chunk * CHUNK, _record_bytes(control)
+    step = size * kv_size
+    slot = (group * get_i64(control + 8 * CAPACITY) + low) * step
+    keys, values = get_i64(layer + 8 * KEYS) + slot, get_i64(layer + 8 * VALUES) + slot
+    window, positions = get_i64(layer + 8 * WINDOW), get_i64(own + 8 * OWN_POSITIONS) + 8 * first
+    place = (group * get_i64(own + 8 * OWN_ROWS) + first) * each
+    queries, scores = get_i64(own + 8 * OWN_QUERIES) + 4 * place * size, get_i64(own + 8 * OWN_SCORES)
+    for query in range(0, count * each, TOGETHER):
+        many = min(TOGETHER, count * each - query)
+        # What some of these queries see of the chunk, and what all of them do.
+        some_begin, some_end, all_begin, all_end = CHUNK, 0, 0, CHUNK
+        for one in range(query, query + many):
+            begin, end = _seen(get_i64(positions + 8 * (one // each)), window, low)
+            some_begin, some_end = min(some_begin, begin), max(some_end, end)
+            all_begin, all_end = max(all_begin, begin), min(all_end, end)
+        if all_begin >= all_end:
+            all_begin, all_end = CHUNK, CHUNK
+        _score(kv, many, queries + 4 * query * size, keys, step, some_begin, some_end, size, scores)
+        # What not all see is added alone: of a slot that a row does not see not even zero times a value may come.
+        for one in range(many):
+            weights, record = scores + 4 * one * CHUNK, records + (query + one) * record_bytes
+            begin, end = _seen(get_i64(positions + 8 * ((query + one) // each)), window, low)
+            _weigh(weights, begin, end, record)
+            mixed = record + 4 * _HEADER
+            fill_row(mixed, _FLOAT32, size)
+            _mix(kv, kv_size, 1, weights, values, begin, min(all_begin, end), size, mixed, 0)
+        mixed = records + query * record_bytes + 4 * _HEADER
+        _mix(kv, kv_size, many, scores, values, all_begin, all_end, size, mixed, record_bytes)
+        for one in range(many):
+            _, end = _seen(get_i64(positions + 8 * ((query + one) // each)), window, low)
+            weights, own_mixed = scores + 4 * one * CHUNK, mixed + one * record_bytes
+            _mix(kv, kv_size, 1, weights, values, all_end, end, size, own_mixed, 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _score(
+    kv: Any, many: int, queries: int, keys: int, step: int, begin: int, end: int, size: int, scores: int
+) -> None:
+    """Slots ``begin .. end - 1`` of the chunk, for ``many`` queries, to ``scores [many, CHUNK]``."""
+    scale = np.float32(1.0) / np.sqrt(np.float32(size))
+    if many == 4:
+        _s4(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+    elif many == 3:
+        _s3(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+    elif many == 2:
+        _s2(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+    else:
+        _s1(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+
+
+@njit(nogil=True, error_model="numpy")
+def _weigh(scores: int, begin: int, end: int, record: int) -> None:
+    """A query's scores of a chunk become weights, the best one's 1; the best score and their sum go to ``record``."""
+    for slot in range(begin):
+        put_f32(scores + 4 * slot, _MINUS_INFINITY)
+    for slot in range(end, CHUNK):
+        put_f32(scores + 4 * slot, _MINUS_INFINITY)
+    best = top(scores, CHUNK)
+    put_f32(record, best)
+    # exp clamps at -87: a slot that is not seen weighs 1e-38, which no sum of the best one's 1 can notice
+    put_f32(record + 4, exp_row(scores, best, CHUNK))
+
+
+@njit(nogil=True, error_model="numpy")
+def _mix(
+    kv: Any,
+    kv_size: int,
+    many: int,
+    weights: int,
+    values: int,
+    begin: int,
+    end: int,
+    size: int,
+    out: int,
+    out_step: int,
+) -> None:
+    """Add the weighted values of slots ``begin .. end - 1`` of the chunk to ``many`` queries' ``out``."""
+    if begin >= end:
+        return
+    step, pairs = size * kv_size, size // 32 * 32
+    for at in range(0, pairs, 32):
+        source, target = values + at * kv_size, out + 4 * at
+        if many == 4:
+            _m4(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
+        elif many == 3:
+            _m3(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
+        elif many == 2:
+            _m2(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
+        else:
+            _m1(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
+    if pairs < size:
+        for one in range(many):
+            source, target = values + pairs * kv_size, out + one * out_step + 4 * pairs
+            _narrow(kv, weights + 4 * one * CHUNK, 0, source, step, begin, end, target, 0)
+
+
+@njit(nogil=True, error_model="numpy")
+def _join_chunks(
+    control: int, own: int, window: int, first: int, count: int, begin: int, chunks: int, records: int
+) -> None:
+    """What rows ``first .. first + count - 1`` made of the chunks, joined in their order into ``MIXED``."""
+    heads, size = get_i64(control + 8 * HEADS), get_i64(control + 8 * HEAD_DIM)
+    each, record_bytes = heads // get_i64(control + 8 * KV_HEADS), _record_bytes(control)
+    for row in range(count):
+        position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * (first + row))
+        seen = _begin(position, window) // CHUNK - begin, position // CHUNK - begin
+        for head in range(heads):
+            out = get_i64(own + 8 * OWN_MIXED) + 4 * ((first + row) * heads + head) * size
+            best, total = _MINUS_INFINITY, _FLOAT32
+            for chunk in range(seen[0], seen[1] + 1):
+                place = ((head // each * chunks + chunk) * count + row) * each + head % each
+                record = records + place * record_bytes
+                score, part = get_f32(record), get_f32(record + 4)
+                if best == _MINUS_INFINITY:
+                    copy_row(out, record + 4 * _HEADER, size)
+                    best, total = score, part
+                elif score > best:
+                    factor = exp_one(best - score)
+                    times_row(out, factor, size)
+                    add_parts(out, record + 4 * _HEADER, 0, 1, size)
+                    best, total = score, total * factor + part
+                else:
+                    factor = exp_one(score - best)
+                    add_scaled(out, record + 4 * _HEADER, factor, size)
+                    total += factor * part
+            times_row(out, np.float32(1.0) / total, size)
