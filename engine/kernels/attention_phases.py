@@ -217,13 +217,6 @@ def _prepare_queries(control: int, own: int, layer: int, adapter: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
-def _seen(position: int, window: int, low: int) -> tuple[int, int]:
-    """Which slots of the chunk that begins with slot ``low`` a row sees: from, and up to, counted in the chunk."""
-    before = max(0, _begin(position, window) - low)
-    return before, max(before, min(CHUNK, position + 1 - low))
-
-
-@njit(nogil=True, error_model="numpy")
 def _attend_chunk(
     kv: Any,
     kv_size: int,

@@ -54,6 +54,7 @@ class FusedStepper:
         for index, layer in enumerate(decoder.layers):
             self._describe_layer(index, layer)
         self.final_norm = self.table.vector(decoder.weights.final_norm)
+        self._vocabulary = torch.empty(0, decoder.weights.lm_head.out_features)  # logits
         self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
         self._rope_seen = -1
         self._record_slots = self._adapter_rank = 0
@@ -117,8 +118,8 @@ class FusedStepper:
         self.use_tokens(ids)
         self._begun[: len(begun)] = [row.data_ptr() for row in begun]
         self.use_positions(range(start, start + rows), (True,) * rows)
-        if rows > self._logits.shape[0]:
-            self._logits = torch.empty(rows, head.out_features)
+        if rows > self._vocabulary.shape[0]:
+            self._vocabulary = torch.empty(rows, head.out_features)
         out = torch.empty(rows, self.decoder.config.hidden_size)
         self.team.run(
             control.RUN_FORWARD,
@@ -131,10 +132,10 @@ class FusedStepper:
                 control.OUT: out.data_ptr(),
                 control.NORM: self.final_norm,
                 control.LINEAR: self.table.describe(head).ctypes.data,
-                control.LOGITS: self._logits.data_ptr(),
+                control.LOGITS: self._vocabulary.data_ptr(),
             },
         )
-        return out, self._logits[:rows]
+        return out, self._vocabulary[:rows]
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         cache.ensure(cache.length + len(ids))
@@ -221,7 +222,6 @@ class FusedStepper:
         wide = max(layer.qkv.out_features for layer in layers)
         mixed, inner = config.num_heads * config.head_dim, config.intermediate_size
         self._positions, self._writes, self._ids, self._begun = np.zeros((4, MAX_ROWS), np.int64)
-        self._logits = torch.empty(0, self.decoder.weights.lm_head.out_features)
         self._buffers: list[np.ndarray] = []
         fields = {
             control.POSITIONS: self._positions.ctypes.data,
