@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from statistics import median
 
 LENGTHS = (2, 3, 4, 5)  # of matches, in tokens
-MAX_DRAFTS = 7
+MAX_DRAFTS = 11
 _LONGEST = LENGTHS[-1] + 3  # a match that drafts have made longer counts as one of this length at most
 _PRIOR_RIGHT, _PRIOR_SEEN = 1.5, 2.5
 _FADE = 0.998  # per observation: old luck counts less
 _SAMPLES = 9  # timings kept of each number of rows; their median counts
-_ROW_SHARE = 0.15  # first guess: a row more costs this share of a plain step
+_ROW_SHARE = 0.1  # first guess: a row more costs this share of a plain step
 
 
 @dataclass(frozen=True)
