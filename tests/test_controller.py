@@ -107,6 +107,14 @@ def test_the_limit_is_kept(limit: int) -> None:
     assert len(made) == limit
 
 
+def test_more_drafts_from_elsewhere_than_its_own_are_counted() -> None:
+    controller = DepthController(max_drafts=3)
+    simulate(controller, 30, chance=0.8, draft=0.2, row=0.05)
+    for _ in range(2):
+        controller.observe(RoundRecord(True, (0.9,), 11, 11, 0.1 * PLAIN, 1.3 * PLAIN))
+    assert controller.export()["times"]["verify 11"] == [1.3 * PLAIN] * 2
+
+
 def test_what_was_learnt_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "speculation" / "kept.json"
     first = DepthController()

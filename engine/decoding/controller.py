@@ -277,7 +277,9 @@ class DepthController:
         """Seconds to verify ``drafts``; ``dropped``: one more was drafted, so the last row is already under way."""
         kind = "dropped" if dropped else "verify"
         # Fewer rows never cost more: a time that says so is a hiccup of the machine.
-        known = [self._time(f"{kind} {more}") for more in range(drafts, self.max_drafts + 1)]
+        # (Drafts from elsewhere may be more than the controller's own ever are.)
+        most = max(drafts, self.max_drafts)
+        known = [self._time(f"{kind} {more}") for more in range(drafts, most + 1)]
         if known[0] is not None:
             return min(seconds for seconds in known if seconds is not None)
         if dropped:
