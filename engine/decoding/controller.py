@@ -89,6 +89,7 @@ class DepthController:
         self.max_drafts = max_drafts
         self._fixed = fixed
         self._times: dict[str, deque[float]] = {}
+        self._medians: dict[str, float] = {}  # of those: a round asks for them dozens of times
         self._right = [_PRIOR * (bin_ + 0.5) / _BINS for bin_ in range(_BINS)]
         self._seen = [_PRIOR] * _BINS
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
@@ -204,6 +205,7 @@ class DepthController:
         except (KeyError, TypeError, ValueError, AttributeError):
             return False
         self._times, self._right, self._seen = times, right, seen
+        self._medians = {name: median(values) for name, values in times.items()}
         self._next_right, self._next_seen = next_right, next_seen
         self._pause, self._paused = counts
         self._rounds = 0
@@ -261,11 +263,12 @@ class DepthController:
         return len(record.confidences) * self._draft_step() + self._verify(record.num_drafts, dropped)
 
     def _note(self, name: str, seconds: float) -> None:
-        self._times.setdefault(name, deque(maxlen=_SAMPLES)).append(max(seconds, 1e-9))
+        times = self._times.setdefault(name, deque(maxlen=_SAMPLES))
+        times.append(max(seconds, 1e-9))
+        self._medians[name] = median(times)
 
     def _time(self, name: str) -> float | None:
-        times = self._times.get(name)
-        return median(tuple(times)) if times else None  # a copy: another thread may be adding to it
+        return self._medians.get(name)
 
     def _plain(self) -> float:
         return self._time("plain") or 1.0
