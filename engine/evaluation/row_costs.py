@@ -27,7 +27,7 @@ from engine.residuals.adapter_file import find_adapter, load_accelerator
 from engine.residuals.drafter import make_drafter
 from engine.threads import set_threads, use_threads
 
-_CONTEXT, _ROWS = 200, 5  # tokens before the rows; how many of them at most
+_ROWS = 5  # at most
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", default=hub.DEFAULT_MODEL)
     parser.add_argument("--formats", default="int4,int8,bf16")
     parser.add_argument("--passes", type=int, default=60, help="of each kind")
+    parser.add_argument("--context", type=int, default=200, help="tokens before the rows")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None, metavar="FILE")
     options = parser.parse_args(argv)
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     rows = []
     try:
         for name in options.formats.split(","):
-            rows.append(_measure(options.model, name, options.passes))
+            rows.append(_measure(options.model, name, options.context, options.passes))
             print(json.dumps(rows[-1]), flush=True)
     except SlipstreamError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -54,22 +55,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _measure(model: str, weight_format: str, passes: int) -> dict[str, Any]:
+def _measure(model: str, weight_format: str, context: int, passes: int) -> dict[str, Any]:
     """Milliseconds: median and quartiles."""
     decoder = load_decoder(hub.resolve(model).path, weight_format)
     stepper = make_stepper(decoder)
-    found: dict[str, Any] = {"format": weight_format, "kernel": stepper.name}
+    found: dict[str, Any] = {"format": weight_format, "kernel": stepper.name, "context": context}
     with use_threads(1):  # as a generation does beside the kernels
-        cache = decoder.new_cache(_CONTEXT + _ROWS)
-        ids = [number % decoder.config.vocab_size for number in range(_CONTEXT + _ROWS)]
-        stepper.prefill(ids[:_CONTEXT], cache)
+        cache = decoder.new_cache(context + _ROWS)
+        ids = [number % decoder.config.vocab_size for number in range(context + _ROWS)]
+        stepper.prefill(ids[:context], cache)
         for count in range(1, _ROWS + 1):
-            found[f"{count} rows"] = _clock(partial(stepper.forward, ids[_CONTEXT:][:count], cache), passes)
+            found[f"{count} rows"] = _clock(partial(stepper.forward, ids[context:][:count], cache), passes)
         path = find_adapter(decoder)
         if path is not None:
             drafter = make_drafter(stepper, load_accelerator(path, decoder))
             state = stepper.embed(ids[:1])[0]
-            found["draft"] = _clock(lambda: drafter.draft(ids[-1], state, cache, _CONTEXT), passes)
+            found["draft"] = _clock(lambda: drafter.draft(ids[-1], state, cache, context), passes)
     return found
 
 

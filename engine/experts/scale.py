@@ -38,6 +38,7 @@ from engine.models.feed_forward import ResidentExperts
 from engine.models.stepper import make_stepper
 from engine.progress import Progress
 from engine.quantization import get_format
+from engine.threads import use_threads
 
 LANES = ("next-gate", "lru", "on-demand", "resident")
 
@@ -95,8 +96,9 @@ class _Lane:
         self.name, self.tiers = name, ExpertTiers(cache, prefetcher, plan if alone else None)
         decoder.watch = self.tiers.watch
         self._stepper, self._kv = make_stepper(decoder), decoder.new_cache()
+        # as a generation does: a second thread of torch's would wait for a core of the kernels'
+        self._threads = 1 if self._stepper.name == "fused" else None
         self._generator = torch.Generator().manual_seed(1)
-        self._num_layers = model.config.num_layers
         self.ids: list[int] = []
         self.seconds: list[float] = []
         self.stats = ExpertStats()
@@ -104,7 +106,8 @@ class _Lane:
     def read(self, prompt: list[int]) -> float:
         """The prompt but for its last token; returns the seconds."""
         began = perf_counter()
-        self._stepper.prefill(prompt[:-1], self._kv)
+        with use_threads(self._threads):
+            self._stepper.prefill(prompt[:-1], self._kv)
         self.ids.append(prompt[-1])
         return perf_counter() - began
 
@@ -113,10 +116,10 @@ class _Lane:
         before = replace(self.tiers.cache.stats)
         for _ in range(num_tokens):
             began = perf_counter()
-            hidden = self._stepper.embed(self.ids[-1:])
-            hidden = self._stepper.run_layers(hidden, self._kv, self._kv.length, 0, self._num_layers)
-            self._kv.length += 1
-            self.ids.append(sample(self._stepper.logits(hidden)[0], self._generator))
+            with use_threads(self._threads):
+                _, logits = self._stepper.forward(self.ids[-1:], self._kv)
+                self._kv.length += 1
+                self.ids.append(sample(logits[0], self._generator))
             if counted:
                 self.seconds.append(perf_counter() - began)
         if counted:
