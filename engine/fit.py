@@ -10,7 +10,7 @@ from engine.model_report import ModelReport, examine_model, fused_problem, size_
 
 # Shares of the memory's bandwidth at which our kernels decoded dense models of 0.1 to 1.5 billion weights on two
 # cores: the least and the greatest of the column "bandwidth" in assets/results/bench-*.json, by weight format.
-MEASURED_SHARES = {"int4": (0.35, 0.56), "int8": (0.40, 0.58), "bf16": (0.46, 0.66)}
+MEASURED_SHARES = {"int4": (0.54, 0.90), "int8": (0.51, 0.74), "bf16": (0.55, 0.94)}
 
 
 @dataclass(frozen=True)

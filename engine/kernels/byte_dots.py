@@ -6,6 +6,7 @@ Each processor has its own instruction for them, or none. All give the same inte
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -48,7 +49,7 @@ def available() -> dict[str, ByteDots]:
             names.insert(0, "vnni")
         if found.get("avx512vnni") and found.get("avx512bw"):
             names.insert(0, "avx512-vnni")
-    elif machine in ("arm64", "aarch64") and found.get("dotprod"):
+    elif machine in ("arm64", "aarch64") and (found.get("dotprod") or sys.platform == "darwin"):
         names.insert(0, "neon-dotprod")
     return {name: KINDS[name] for name in names}
 
