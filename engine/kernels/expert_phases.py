@@ -180,19 +180,25 @@ def _all_blocks(control: int, linear: int, halves: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
+def _find(control: int, expert: int, begin: int, task: int, linear: int, halves: int) -> tuple[int, int]:
+    """The expert of a task and its first task, looked for from another expert on and its first task."""
+    if task < begin:  # what another thread has left
+        expert, begin = get_i64(control + 8 * EXPERTS), 0
+    while task >= begin + _blocks(expert, linear, halves):
+        begin += _blocks(expert, linear, halves)
+        expert += 8 * EXPERT_FIELDS
+    return expert, begin
+
+
+@njit(nogil=True, error_model="numpy")
 def _gate_up_phase(tag: Any, control: int, own: int) -> None:
     """SiLU(gate) * up of every expert; each task computes the same block of both."""
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
-    pair, experts = get_i64(own + 8 * OWN_PAIR), get_i64(control + 8 * EXPERTS)
-    tasks = _all_blocks(control, EXPERT_GATE_UP, 2)
-    expert, begin, prepared, x = experts, 0, 0, 0
+    pair, tasks = get_i64(own + 8 * OWN_PAIR), _all_blocks(control, EXPERT_GATE_UP, 2)
+    expert, begin, prepared, x = get_i64(control + 8 * EXPERTS), 0, 0, 0
     task = take(control, own, tasks)
     while task >= 0:
-        if task < begin:  # what another thread has left
-            expert, begin = experts, 0
-        while task >= begin + _blocks(expert, EXPERT_GATE_UP, 2):
-            begin += _blocks(expert, EXPERT_GATE_UP, 2)
-            expert += 8 * EXPERT_FIELDS
+        expert, begin = _find(control, expert, begin, task, EXPERT_GATE_UP, 2)
         linear, rows = expert + 8 * EXPERT_GATE_UP, get_i64(expert + 8 * EXPERT_COUNT)
         size, source = get_i64(linear + 8 * OUTPUTS) // 2, get_i64(expert + 8 * EXPERT_IN)
         if prepared != source:  # in decoding all experts take the same row
@@ -213,16 +219,11 @@ def _gate_up_phase(tag: Any, control: int, own: int) -> None:
 @njit(nogil=True, error_model="numpy")
 def _down_phase(tag: Any, control: int, own: int) -> None:
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
-    experts = get_i64(control + 8 * EXPERTS)
     tasks = _all_blocks(control, EXPERT_DOWN, 1)
-    expert, begin, prepared, x = experts, 0, 0, 0
+    expert, begin, prepared, x = get_i64(control + 8 * EXPERTS), 0, 0, 0
     task = take(control, own, tasks)
     while task >= 0:
-        if task < begin:  # what another thread has left
-            expert, begin = experts, 0
-        while task >= begin + _blocks(expert, EXPERT_DOWN, 1):
-            begin += _blocks(expert, EXPERT_DOWN, 1)
-            expert += 8 * EXPERT_FIELDS
+        expert, begin = _find(control, expert, begin, task, EXPERT_DOWN, 1)
         linear, rows = expert + 8 * EXPERT_DOWN, get_i64(expert + 8 * EXPERT_COUNT)
         outputs, act = get_i64(linear + 8 * OUTPUTS), get_i64(expert + 8 * EXPERT_ACT)
         if prepared != act:
