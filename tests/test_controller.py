@@ -115,19 +115,6 @@ def test_more_drafts_from_elsewhere_than_its_own_are_counted() -> None:
     assert controller.export()["times"]["verify 11"] == [1.3 * PLAIN] * 2
 
 
-def test_plain_steps_in_a_hiccup_do_not_make_drafts_look_good() -> None:
-    """An answer's first steps, while a page is drawn: the speedup shown would be many times the real one."""
-    controller = DepthController()
-    for _ in range(3):
-        controller.observe(RoundRecord(False, (), 0, 0, 0.0, 8 * PLAIN))
-    assert controller.state().plain_seconds == 8 * PLAIN
-    controller.observe(RoundRecord(True, (0.9,), 1, 1, 0.2 * PLAIN, 1.1 * PLAIN))
-    assert controller.state().plain_seconds == pytest.approx(1.3 * PLAIN)
-    again = DepthController()
-    assert again.restore(controller.export())
-    assert again.state().plain_seconds == pytest.approx(1.3 * PLAIN)
-
-
 def test_what_was_learnt_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "speculation" / "kept.json"
     first = DepthController()

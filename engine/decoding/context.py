@@ -120,8 +120,8 @@ class ContextDrafter:
 
     @property
     def plain_seconds(self) -> float | None:
-        """A plain step, as measured, or less if passes of more rows take less; None: not yet."""
-        return self._seconds(1) if 1 in self._medians else None
+        """A plain step, as measured; None: not yet."""
+        return self._medians.get(1)
 
     def _luck(self, match: Match, position: int) -> float:
         """The chance that a token is right if those before it are."""

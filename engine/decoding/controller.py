@@ -41,8 +41,7 @@ class SpeculationState:
     """What the controller knows at the moment, for people to read. None: not measured yet.
 
     Attributes:
-        plain_seconds: a plain step, the median of the latest, or less if rounds with drafts take less. Its inverse is the
-            plain rate.
+        plain_seconds: a plain step, the median of the latest. Its inverse is the plain rate.
         draft_seconds: a draft step.
         acceptance: share of right ones among drafts whose predecessors were right.
         is_off: drafting is switched off for now; ``reason`` says why in one sentence.
@@ -91,7 +90,6 @@ class DepthController:
         self._fixed = fixed
         self._times: dict[str, deque[float]] = {}
         self._medians: dict[str, float] = {}  # of those: a round asks for them dozens of times
-        self._plain_seconds: float | None = None
         self._right = [_PRIOR * (bin_ + 0.5) / _BINS for bin_ in range(_BINS)]
         self._seen = [_PRIOR] * _BINS
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
@@ -112,7 +110,7 @@ class DepthController:
     @property
     def rate(self) -> float | None:
         """Tokens per second as things stand, the better of plain and drafting; None: not measured yet."""
-        return self._rate() if self._plain_seconds else None
+        return self._rate() if self._time("plain") else None
 
     def plan(self, limit: int) -> bool:
         """Should this round draft at all, where at most ``limit`` drafts are allowed?"""
@@ -169,7 +167,7 @@ class DepthController:
         acceptance = self._next_right / self._next_seen if drafts else None
         is_off = self.is_off
         return SpeculationState(
-            self._plain_seconds, drafts, acceptance, is_off, self.reason if is_off else None
+            self._time("plain"), drafts, acceptance, is_off, self.reason if is_off else None
         )
 
     def export(self) -> dict[str, Any]:
@@ -208,7 +206,6 @@ class DepthController:
             return False
         self._times, self._right, self._seen = times, right, seen
         self._medians = {name: median(values) for name, values in times.items()}
-        self._bound_plain()
         self._next_right, self._next_seen = next_right, next_seen
         self._pause, self._paused = counts
         self._rounds = 0
@@ -269,21 +266,12 @@ class DepthController:
         times = self._times.setdefault(name, deque(maxlen=_SAMPLES))
         times.append(max(seconds, 1e-9))
         self._medians[name] = median(times)
-        self._bound_plain()
-
-    def _bound_plain(self) -> None:
-        """Plain steps are few and most of them at an answer's start, when whoever shows it wants the processor too. A
-        round that drafts runs all that a plain step runs, and more: so it bounds what a plain step takes."""
-        if (plain := self._medians.get("plain")) is not None:
-            draft = self._draft_step()
-            rounds = [draft + time for name, time in self._medians.items() if name.startswith("verify")]
-            self._plain_seconds = min([plain, *rounds])
 
     def _time(self, name: str) -> float | None:
         return self._medians.get(name)
 
     def _plain(self) -> float:
-        return self._plain_seconds or 1.0
+        return self._time("plain") or 1.0
 
     def _draft_step(self) -> float:
         return self._time("draft") or 0.2 * self._plain()
