@@ -67,6 +67,12 @@ def test_the_speedup_is_never_guessed():
         assert cells(telemetry.speed_strip(metrics(), state, (), True))["speedup"] == telemetry.EMPTY
 
 
+def test_the_speedup_is_never_more_than_a_round_gives():
+    """A plain step that was measured while the page was drawn would make it any number."""
+    strip = telemetry.speed_strip(metrics(), SpeculationState(plain_seconds=0.5), (), True)
+    assert cells(strip)["speedup"] == "1.69×" == cells(strip)["length"] + "×"
+
+
 def test_the_cells_are_there_before_the_first_draft():
     """So that none of them moves when it comes."""
     before = cells(telemetry.speed_strip(GenerationMetrics(), None, (), True))
