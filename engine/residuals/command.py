@@ -31,8 +31,16 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
         "--from", dest="start", default=None, metavar="FILE.safetensors",
         help="train this accelerator on, instead of a new one; its shape counts",
     )  # fmt: skip
+    tune.add_argument(
+        "--invent",
+        type=int,
+        default=0,
+        metavar="N",
+        help="prompts that the model makes up, beside the others",
+    )
     tune.add_argument("--tokens", type=int, default=300_000, help="that the model writes to train on")
     tune.add_argument("--max-tokens", type=int, default=256, help="of one answer")
+    tune.add_argument("--max-prompt", type=int, default=256, help="longer prompts are left out")
     tune.add_argument("--held-out", type=int, default=64, help="prompts to measure with")
     tune.add_argument("--steps", type=int, default=1000, help="of the optimiser")
     tune.add_argument("--batch-tokens", type=int, default=None, help="tokens per step, padding included")
@@ -108,7 +116,7 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
     from engine.residuals.tuning import TuneRequest, default_training
     from engine.residuals.tuning_data import DataConfig
 
-    for name in ("max_tokens", "held_out", "batch_tokens", "passes", "threads"):
+    for name in ("max_tokens", "max_prompt", "held_out", "batch_tokens", "passes", "threads"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InvalidRequestError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
@@ -133,6 +141,8 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
         data=DataConfig(
             num_tokens=arguments.tokens,
             max_new_tokens=arguments.max_tokens,
+            max_prompt_tokens=arguments.max_prompt,
+            num_invented=arguments.invent,
             num_held_out=arguments.held_out,
             seed=arguments.seed,
         ),

@@ -144,8 +144,8 @@ class _Running:
     def _step(self, slots: Tensor) -> None:
         positions, alive, heat = self._positions, self._alive, self._heat
         logits = _decode_rows(self._decoder, self._cache, self._current, positions, slots)
-        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-20, 1 - 1e-7)))
-        chosen = torch.where(heat > 0, logits / heat.clamp(min=1e-4) + noise, logits).argmax(-1, keepdim=True)
+        noise = torch.empty_like(logits).exponential_().clamp_(min=1e-20).log_()  # minus a Gumbel variable
+        chosen = torch.where(heat > 0, logits / heat.clamp(min=1e-4) - noise, logits).argmax(-1, keepdim=True)
         positions.add_(alive.long())
         kept = torch.where(alive[:, None], chosen, self._current)
         self._current.copy_(kept)
@@ -190,7 +190,10 @@ def _decode_rows(
         grouped = q.view(q.shape[0], config.num_kv_heads, config.group_size, config.head_dim)
         mask = visible.expand(-1, config.num_kv_heads, config.group_size, -1)
         keys, values = (part[index][:, :, : len(slots)] for part in (cache.keys, cache.values))
-        mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+        # One query for each of thousands of rows: two plain products are faster there than a fused attention, which is
+        # made for many queries of one row.
+        scores = (grouped @ keys.transpose(-1, -2)) * config.head_dim**-0.5
+        mixed = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ values
         hidden = hidden + layer.o(mixed.reshape(q.shape[0], 1, -1))
         x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
         hidden = hidden + decoder.layers[index].ffn(x)

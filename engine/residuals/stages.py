@@ -27,6 +27,7 @@ class Stage:
     unit: str
 
 
+INVENT = Stage("invent", "Inventing prompts", 1, "prompts")
 GENERATE = Stage("generate", "Writing text", 1, "tokens")
 CACHE = Stage("cache", "Keeping final states", 2, "parts")
 INITIALISE = Stage("initialise", "Fitting the exit", 3, "batches")

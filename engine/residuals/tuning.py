@@ -155,6 +155,7 @@ def check(request: TuneRequest) -> None:
         "rank": (request.accelerator.rank, 1),
         "draft vocabulary": (request.accelerator.draft_vocab_size, 16),
         "number of tokens": (request.data.num_tokens, 1),
+        "number of invented prompts": (request.data.num_invented, 0),
         "number of steps": (request.steps, 1),
         "disk budget": (request.disk_budget, 0),
     }
@@ -356,8 +357,9 @@ class Run:
         return {
             "run": self.name,
             "device": self.prepared.decoder.device.type,
-            "data": f"the model's own continuations of {request.prompts.name if request.prompts else 'train.jsonl'}, "
-            "part greedy and part sampled",
+            "data": f"the model's own continuations of {request.prompts.name if request.prompts else 'train.jsonl'}"
+            f"{' and of prompts that it made up itself' if request.data.num_invented else ''}, part greedy and part "
+            "sampled",
             "tokens_written": self.prepared.corpus.sequences.num_new_tokens,
             "tokens_seen": self.tokens_seen,
             "steps": request.steps,

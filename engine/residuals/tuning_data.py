@@ -19,7 +19,8 @@ from engine.models.decoder import Decoder
 from engine.requests import Message
 from engine.residuals.adapter_file import fingerprint
 from engine.residuals.corpus import Sequences, generate_continuations
-from engine.residuals.stages import CACHE, GENERATE, Meter, Runner
+from engine.residuals.invention import MAX_TOKENS, TEMPERATURE, Frame, as_prompts, chat_frame
+from engine.residuals.stages import CACHE, GENERATE, INVENT, Meter, Runner
 from engine.residuals.training import run_teacher
 from engine.residuals.tuning_store import (
     Corpus,
@@ -28,6 +29,7 @@ from engine.residuals.tuning_store import (
     TuningStoppedError,
     cut,
     in_groups,
+    invented_name,
     load_sequences,
     save_sequences,
     states_name,
@@ -43,6 +45,7 @@ STATE_BYTES = 2  # bfloat16
 _SHARD_FLOPS = 1.2e12
 # Of a GPU's memory for the keys and values of one shard: many rows at once, as their weights are read once for all.
 _CUDA_SHARE, _MAX_CUDA_ROWS = 0.3, 2048
+_FRUITLESS_SHARDS = 8  # a model that has ended no prompt in as many never will
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class DataConfig:
         num_tokens: how many tokens it writes, prompts not counted; the last shard may bring a few more.
         max_new_tokens, max_prompt_tokens: longer answers are cut, longer prompts left out.
         num_held_out: prompts on which the accelerator is measured and never trained.
+        num_invented: prompts that the model makes up itself, beside the others; a few more or fewer.
         temperature: of the sampled half; the other half is greedy.
     """
 
@@ -62,14 +66,21 @@ class DataConfig:
     num_held_out: int = 64
     temperature: float = 0.8
     seed: int = 0
+    num_invented: int = 0
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of the prompts, shuffled; those held out apart."""
+    """Token ids of the prompts, shuffled; those held out apart; and how others are made.
+
+    Attributes:
+        special: ids that stand in no prompt's own text.
+    """
 
     training: list[list[int]]
     held_out: list[list[int]]
+    frame: Frame
+    special: frozenset[int]
 
     @property
     def digest(self) -> str:
@@ -83,7 +94,7 @@ def encode_prompts(path: Path | None, tokenizer: Tokenizer, decoder: Decoder, co
         InvalidRequestError: the file is missing or has a broken line, or too few prompts are short enough.
     """
     prompts = load_prompts(path or TRAINING_PROMPTS)
-    limit = min(config.max_prompt_tokens, context_limit(decoder) // 2)
+    limit = _prompt_limit(decoder, config)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed))
     encoded = [
         ids
@@ -96,13 +107,19 @@ def encode_prompts(path: Path | None, tokenizer: Tokenizer, decoder: Decoder, co
             "measure with."
         )
     held_out = min(config.num_held_out, max(1, len(encoded) // 8))
-    return Prompts(encoded[held_out:], encoded[:held_out])
+    return Prompts(
+        encoded[held_out:], encoded[:held_out], chat_frame(tokenizer), frozenset(tokenizer.special_ids)
+    )
 
 
 def context_limit(decoder: Decoder) -> int:
     """Longest sequence to train on: attention there is full, so it has to fit every window."""
     windows = [window for window in decoder.config.sliding_windows if window]
     return min(decoder.config.context_length, *windows) if windows else decoder.config.context_length
+
+
+def _prompt_limit(decoder: Decoder, config: DataConfig) -> int:
+    return min(config.max_prompt_tokens, context_limit(decoder) // 2)
 
 
 class DataStages:
@@ -133,12 +150,18 @@ class DataStages:
     def generate(self) -> tuple[list[Sequences], Sequences]:
         """The training shards and the held-out text, written as far as they are not there."""
         workers, config = self._runner.workers, self._config
+        self._training = self._prompts.training
+        if config.num_invented:
+            more = [*self._training, *self._invent()]
+            order = torch.randperm(len(more), generator=torch.Generator().manual_seed(config.seed))
+            self._training = [more[index] for index in order.tolist()]
         shards, meter = list[Sequences](), None
         while (done := sum(shard.num_new_tokens for shard in shards)) < config.num_tokens:
             mine = len(shards) + workers.rank
             if load_sequences(self._store, text_name(mine)) is None:
                 meter = meter or self._runner.meter(GENERATE, done, config.num_tokens)
-                self._write(text_name(mine), *self._shard(mine), config.seed * 1_000_003 + mine, meter, done)
+                seed = config.seed * 1_000_003 + mine
+                self._write(text_name(mine), *self._shard(mine), seed, self._max_new, meter, done)
             self._check()
             for index in range(len(shards), len(shards) + workers.count):
                 shards.append(self._read(text_name(index)))
@@ -146,12 +169,40 @@ class DataStages:
                 meter.report(sum(shard.num_new_tokens for shard in shards))
         return shards, self._held_out()
 
+    def _invent(self) -> list[list[int]]:
+        """Prompts of the model's own, as many as were asked for. Shards go on until there are enough: how many of their
+        rows are of use shows when they are written."""
+        workers, prompts, frame = self._runner.workers, self._prompts, self._prompts.frame
+        room = _prompt_limit(self._decoder, self._config) - len(frame.before) - len(frame.behind)
+        found, number, meter = list[list[int]](), 0, None
+        while len(found) < self._config.num_invented:
+            mine = invented_name(number + workers.rank)
+            if load_sequences(self._store, mine) is None:
+                meter = meter or self._runner.meter(INVENT, len(found), self._config.num_invented)
+                rows, heat = [list(frame.before)] * self._rows, [TEMPERATURE] * self._rows
+                seed = -1 - self._config.seed * 1_000_003 - number - workers.rank  # none of an answer's
+                self._write(mine, rows, heat, seed, max(1, min(MAX_TOKENS, room)))
+            self._check()
+            for index in range(number, number + workers.count):
+                written = self._read(invented_name(index))
+                found += as_prompts(written, frame, self._eos_ids, prompts.special)
+            number += workers.count
+            if not found and number >= _FRUITLESS_SHARDS:
+                raise TuningError(
+                    "The model ends no prompt of its own: it is no chat model, or not with this template. "
+                    "Tune without invented prompts."
+                )
+            if meter is not None:
+                meter.report(len(found))
+        return found
+
     def _held_out(self) -> Sequences:
         parts, prompts = list[Sequences](), self._prompts.held_out
         for begin in range(0, len(prompts), self._rows):
             name, chosen = f"{HELD_OUT}-{begin:05d}", prompts[begin : begin + self._rows]
             if self._runner.workers.is_first and load_sequences(self._store, name) is None:
-                self._write(name, chosen, [0.0] * len(chosen), seed=0)  # greedy: nothing is drawn
+                heat = [0.0] * len(chosen)  # greedy: nothing is drawn
+                self._write(name, chosen, heat, 0, self._max_new)
             self._check()
             parts.append(self._read(name))
         return Sequences.join(parts)
@@ -186,7 +237,7 @@ class DataStages:
     def _shard(self, index: int) -> tuple[list[list[int]], list[float]]:
         """Prompts and temperatures of a shard. Every second prompt is answered greedily in the first round
         through the prompts, the others in the second; all other answers are sampled."""
-        training, rows, heat = self._prompts.training, list[list[int]](), list[float]()
+        training, rows, heat = self._training, list[list[int]](), list[float]()
         for number in range(index * self._rows, (index + 1) * self._rows):
             round_, place = divmod(number, len(training))
             rows.append(training[place])
@@ -194,7 +245,7 @@ class DataStages:
         return rows, heat
 
     def _write(
-        self, name: str, prompts: list[list[int]], temperatures: list[float], seed: int,
+        self, name: str, prompts: list[list[int]], temperatures: list[float], seed: int, max_new_tokens: int,
         meter: Meter | None = None, done: int = 0,
     ) -> None:  # fmt: skip
         def on_step(step: int) -> bool:
@@ -205,7 +256,7 @@ class DataStages:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             text = generate_continuations(
-                self._decoder, prompts, temperatures, self._max_new, self._eos_ids, on_step
+                self._decoder, prompts, temperatures, max_new_tokens, self._eos_ids, on_step
             )
         if not self._runner.stopped():  # what was stopped in the middle is not whole
             save_sequences(self._store, name, text)
@@ -233,7 +284,7 @@ def data_name(decoder: Decoder, model_file: str, prompts: Prompts, config: DataC
     """Folder name of the text: whatever its shards depend on, and not how many there are."""
     settings = (
         fingerprint(decoder), model_file, str(decoder.dtype), decoder.device.type, prompts.digest,
-        config.max_new_tokens, config.temperature, config.seed,
+        config.max_new_tokens, config.temperature, config.seed, *([config.num_invented] if config.num_invented else ()),
     )  # fmt: skip
     return "data-" + hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 

@@ -145,6 +145,10 @@ def text_name(shard: int) -> str:
     return f"text-{shard:05d}"
 
 
+def invented_name(shard: int) -> str:
+    return f"invented-{shard:05d}"
+
+
 def states_name(shard: int) -> str:
     return f"states-{shard:05d}"
 
