@@ -18,17 +18,21 @@ ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- results: filled from assets/results, by nothing but measurement -->\n"
 END = "<!-- end of results -->"
 _LINKS = ("pcie4x16", "slower-links")  # the expert benchmark's reports
+_BEST = ("m2r2", "lookup", "stream", "plain")  # the first that was measured is told
+_SUMMARY = ("model", "prompts", "weights", "plain tok/s", "drafting tok/s", "to plain (quartiles)", "tokens a round",
+            "plain, drafting to llama.cpp")  # fmt: skip
 
 
 def fill(readme: str, folder: Path) -> str:
-    """``readme`` with its results section written anew from the reports in ``folder``."""
-    return _between(readme, BEGIN, results_section(folder), END)
+    """``readme`` with its summary written anew from the reports in ``folder``."""
+    return _between(readme, BEGIN, summary(folder), END)
 
 
 def fill_findings(findings: str, folder: Path) -> str:
-    """``findings`` (assets/results/README.md) with its tables of experts written anew from the reports in ``folder``."""
+    """``findings`` (assets/results/README.md) with its tables written anew from the reports in ``folder``."""
     experts = "\n".join(experts_table(_read(folder / f"experts-{name}.json")) for name in _LINKS)
     for name, table in (
+        ("bench tables", bench_tables(folder)),
         ("expert tables", experts),
         ("scale table", scale_table(_read(folder / "scale.json"))),
     ):
@@ -45,47 +49,90 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def results_section(folder: Path) -> str:
+def bench_tables(folder: Path) -> str:
     """A heading and a table for each ``bench-*.json``, by name."""
-    return "".join(_report(path) for path in sorted(folder.glob("bench-*.json")))
+    return "".join(_report(path) for path in _reports(folder))
+
+
+def summary(folder: Path) -> str:
+    """One table of all ``bench-*.json``: in each weight format the method that drafts most, beside plain decoding."""
+    lines = [" | ".join(_SUMMARY), " | ".join("---" for _ in _SUMMARY)]
+    lines += [" | ".join(cells) for path in _reports(folder) for cells in _summary_rows(_read(path))]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _reports(folder: Path) -> list[Path]:
+    return sorted(folder.glob("bench-*.json"))
+
+
+def _summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows, settings = report["rows"], report["settings"]
+    what = [_model(rows), f"{settings['suite']}, {rows[0]['num_prompts']} of {settings['max_tokens']} tokens"]
+    what[1] += f", {_sampling(settings)}" if settings["temperature"] else ""
+    what[1] += f", {_where(report)}" if _on_gpu(rows) else ""
+    ours, found = [row for row in rows if not row["peer"]], []
+    for weights in dict.fromkeys(row["format"] for row in ours):
+        lanes = {row["method"]: row for row in ours if row["format"] == weights}
+        plain, best = lanes["plain"], next(lanes[name] for name in _BEST if name in lanes)
+        to_peer = f"{plain['ratio']:.2f}, {best['ratio']:.2f}" if best["baseline"] == "llama.cpp" else "-"
+        found.append(
+            [
+                *what, weights, f"{plain['tokens_per_second']:.0f}", f"{best['tokens_per_second']:.0f} ({best['method']})",
+                _paired(best, report["samples"]), f"{best['mean_acceptance_length']:.2f}", to_peer,
+            ]
+        )  # fmt: skip
+    return found
 
 
 def _report(path: Path) -> str:
     report = _read(path)
-    rows, settings, machine = report["rows"], report["settings"], report["machine"]
-    model = next(row["model"] for row in rows).rsplit("/", 1)[-1]
-    sampling = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
-    on_gpu = any((row.get("device") or "cpu") != "cpu" for row in rows)
-    where = machine["gpus"][0]["name"] if on_gpu else f"{machine['cpu']}, {settings['threads']} threads"
+    rows, settings = report["rows"], report["settings"]
     title = (
-        f"**{model}**, {settings['suite']}, {rows[0]['num_prompts']} prompts, {settings['max_tokens']} new tokens, "
-        f"{sampling}; {where}; ratios to {rows[0]['baseline']} "
-        f"([raw](assets/results/{path.name}))"
+        f"**{_model(rows)}**, {settings['suite']}, {rows[0]['num_prompts']} prompts, {settings['max_tokens']} new tokens, "
+        f"{_sampling(settings)}; {_where(report)}; ratios to {rows[0]['baseline']} ([raw]({path.name}))"
     )
     lines = [title, "", markdown_table(rows), ""]
-    if speedups := _speedups(rows, report["samples"]):
+    speedups = [
+        f"{row['lane']} {_paired(row, report['samples'])}"
+        for row in rows
+        if row["method"] not in (None, "plain") and f"plain/{row['format']}" in report["samples"]
+    ]
+    if speedups:
         lines += [f"To plain in the same format, prompt by prompt: {'; '.join(speedups)}.", ""]
     return "\n".join([*lines, ""])
 
 
-def _speedups(rows: Sequence[Mapping[str, Any]], samples: Mapping[str, Any]) -> list[str]:
-    """Median and quartiles of the paired ratios."""
-    texts = []
-    for row in rows:
-        plain = f"plain/{row['lane'].split('/')[-1]}"
-        if row["method"] in (None, "plain") or plain not in samples:
-            continue
-        mine, theirs = (
-            {
-                prompt: Sample(**{**fields, "token_ids": tuple(fields["token_ids"])})
-                for prompt, fields in samples[lane].items()
-            }
-            for lane in (row["lane"], plain)
-        )
-        ratios = paired_ratios(mine, theirs)
-        low, high = quartiles(ratios) or (0.0, 0.0)
-        texts.append(f"{row['lane']} **{quantile(ratios, 0.5):.2f}** ({low:.2f} to {high:.2f})")
-    return texts
+def _model(rows: Sequence[Mapping[str, Any]]) -> str:
+    return str(next(row["model"] for row in rows).rsplit("/", 1)[-1])
+
+
+def _sampling(settings: Mapping[str, Any]) -> str:
+    return f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
+
+
+def _on_gpu(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any((row.get("device") or "cpu") != "cpu" for row in rows)
+
+
+def _where(report: Mapping[str, Any]) -> str:
+    machine = report["machine"]
+    if _on_gpu(report["rows"]):
+        return str(machine["gpus"][0]["name"])
+    return f"{machine['cpu']}, {report['settings']['threads']} threads"
+
+
+def _paired(row: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
+    """Median and quartiles of the ratios to plain decoding in the same format, prompt by prompt."""
+    mine, theirs = (
+        {
+            prompt: Sample(**{**fields, "token_ids": tuple(fields["token_ids"])})
+            for prompt, fields in samples[lane].items()
+        }
+        for lane in (row["lane"], f"plain/{row['format']}")
+    )
+    ratios = paired_ratios(mine, theirs)
+    low, high = quartiles(ratios) or (0.0, 0.0)
+    return f"**{quantile(ratios, 0.5):.2f}** ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":
