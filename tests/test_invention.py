@@ -100,7 +100,7 @@ def test_stopped_while_inventing_it_goes_on_from_what_it_has(
     assert torch.equal(stopped.tokens, undisturbed.tokens)
 
 
-class _after:  # noqa: N801 - an event that sets itself
+class _after:
     def __init__(self, shards: int) -> None:
         self._left = shards * 7  # looked at seven times a shard: six legs of sixteen steps, and behind them
 

@@ -58,7 +58,7 @@ def summary(folder: Path) -> str:
     """One table of all ``bench-*.json``: in each weight format the method that drafts most, beside plain decoding."""
     lines = [" | ".join(_SUMMARY), " | ".join("---" for _ in _SUMMARY)]
     lines += [" | ".join(cells) for path in _reports(folder) for cells in _summary_rows(_read(path))]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+    return "\n".join(f"| {line} |" for line in lines) + "\n\n"
 
 
 def _reports(folder: Path) -> list[Path]:
