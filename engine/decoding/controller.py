@@ -90,6 +90,7 @@ class DepthController:
         self._fixed = fixed
         self._times: dict[str, deque[float]] = {}
         self._medians: dict[str, float] = {}  # of those: a round asks for them dozens of times
+        self._costs: dict[tuple[int, bool], float] = {}  # of verifications, until the next timing
         self._right = [_PRIOR * (bin_ + 0.5) / _BINS for bin_ in range(_BINS)]
         self._seen = [_PRIOR] * _BINS
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
@@ -206,6 +207,7 @@ class DepthController:
             return False
         self._times, self._right, self._seen = times, right, seen
         self._medians = {name: median(values) for name, values in times.items()}
+        self._costs.clear()
         self._next_right, self._next_seen = next_right, next_seen
         self._pause, self._paused = counts
         self._rounds = 0
@@ -266,6 +268,7 @@ class DepthController:
         times = self._times.setdefault(name, deque(maxlen=_SAMPLES))
         times.append(max(seconds, 1e-9))
         self._medians[name] = median(times)
+        self._costs.clear()
 
     def _time(self, name: str) -> float | None:
         return self._medians.get(name)
@@ -278,6 +281,12 @@ class DepthController:
 
     def _verify(self, drafts: int, dropped: bool) -> float:
         """Seconds to verify ``drafts``; ``dropped``: one more was drafted, so the last row is already under way."""
+        cost = self._costs.get((drafts, dropped))
+        if cost is None:
+            cost = self._costs[drafts, dropped] = self._verification(drafts, dropped)
+        return cost
+
+    def _verification(self, drafts: int, dropped: bool) -> float:
         kind = "dropped" if dropped else "verify"
         # Fewer rows never cost more: a time that says so is a hiccup of the machine.
         # (Drafts from elsewhere may be more than the controller's own ever are.)
