@@ -75,7 +75,12 @@ class M2R2Decoding:
 
         ended = perf_counter()
         record = RoundRecord(
-            len(confidences) > 0, tuple(confidences), len(drafts), accepted, drafted - started, ended - drafted
+            len(confidences) > 0,
+            tuple(confidences),
+            len(drafts),
+            accepted,
+            drafted - started,
+            ended - drafted,
         )
         # The first step behind a prompt finds caches and threads cold and takes half as long again: counted
         # among the plain steps, it would make drafting look better than it is.

@@ -33,7 +33,9 @@ from engine.kernels.phases import use_rows
 
 
 @njit(nogil=True, error_model="numpy")
-def execute(tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int) -> None:
+def execute(
+    tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
+) -> None:
     """Run the command in the control block as thread ``rank``. The tags choose the types of weights, cache,
     draft head and the weights that draft."""
     if get_i64(control + 8 * COMMAND) == RUN_LAYERS:
