@@ -280,7 +280,8 @@ class DepthController:
         return self._time("draft") or 0.2 * self._plain()
 
     def _verify(self, drafts: int, dropped: bool) -> float:
-        """Seconds to verify ``drafts``; ``dropped``: one more was drafted, so the last row is already under way."""
+        """Seconds to verify ``drafts``; ``dropped``: one more was drafted, so the last row is already under way (unless
+        the drafter has no slow states: then it only costs the same)."""
         cost = self._costs.get((drafts, dropped))
         if cost is None:
             cost = self._costs[drafts, dropped] = self._verification(drafts, dropped)
@@ -295,7 +296,7 @@ class DepthController:
         if known[0] is not None:
             return min(seconds for seconds in known if seconds is not None)
         if dropped:
-            # about a plain step's share of the draft layers is done
+            # A first guess: about a plain step's share of the draft layers is done.
             full = self._plain() if drafts == 0 else self._verify(drafts, dropped=False)
             return max(0.8 * full, full - 0.7 * self._draft_step())
         below = self._verify(drafts - 1, dropped=False) if drafts > 1 else self._plain()

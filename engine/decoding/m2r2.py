@@ -5,7 +5,8 @@ A round, from the last token ``t`` at position ``L`` (the cache holds ``L`` toke
 1. Draft, up to ``d`` times: the slow row and the accelerated row of the last token through layers
    ``[0, k)``; the exit gives the next draft. The slow row's keys, values and state are kept.
 2. Verify: all kept slow states through layers ``[k, N)`` in one pass, then the head. (A last draft that was kept has
-   the first layers still before it.)
+   the first layers still before it.) A drafter on coarser copies of the layers gives no slow states: then the last
+   token and all drafts go through layers ``[0, N)``, which writes the model's own keys and values over the drafter's.
 3. Accept the longest prefix that the model itself would have chosen, and one token of the model's own.
 4. Roll back: the cache's length is set behind the last accepted token.
 
@@ -62,7 +63,7 @@ class M2R2Decoding:
         drafts, slow, confidences = self._draft(ids[-1], limit)
         drafted = perf_counter()
         match, own = Match(), len(drafts)  # of the stream
-        if own and own == len(slow):  # the last draft was kept
+        if own and own == len(confidences):  # the last draft was kept
             match, more = self._more_from_context(drafts, confidences, limit - own)
             drafts += more
 
@@ -74,14 +75,19 @@ class M2R2Decoding:
 
         ended = perf_counter()
         record = RoundRecord(
-            len(slow) > 0, tuple(confidences), len(drafts), accepted, drafted - started, ended - drafted
+            len(confidences) > 0,
+            tuple(confidences),
+            len(drafts),
+            accepted,
+            drafted - started,
+            ended - drafted,
         )
         # The first step behind a prompt finds caches and threads cold and takes half as long again: counted
         # among the plain steps, it would make drafting look better than it is.
         if not is_first:
             self._controller.observe(record)
             if self._context is not None:
-                if not slow:
+                if not confidences:
                     self._context.note(1, ended - started)
                 self._context.observe(match, len(drafts) - own, accepted - own)
         return round_step(ids[start + 1 :], len(drafts), accepted, drafted - started, ended - drafted)
@@ -112,7 +118,8 @@ class M2R2Decoding:
         return step
 
     def _draft(self, token: int, limit: int) -> tuple[list[int], list[Tensor], list[float]]:
-        """Drafted tokens, the slow states of all fed tokens, and the confidence of each draft step.
+        """Drafted tokens, the slow states of all fed tokens (none, if the drafter gives none), and the confidence of each
+        draft step.
 
         The last draft may have been dropped as too unsure; the state of the token before it stays useful.
         """
@@ -125,7 +132,8 @@ class M2R2Decoding:
         state = self._final
         while True:
             draft = drafter.draft(token, state, cache, cache.length + len(drafts))
-            slow.append(draft.slow_state)
+            if draft.slow_state is not None:
+                slow.append(draft.slow_state)
             confidences.append(draft.confidence)
             if not controller.keep(confidences):
                 return drafts, slow, confidences

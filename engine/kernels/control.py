@@ -11,8 +11,11 @@ SEQUENCE, ARRIVED = 0, 16
     COMMAND, THREADS, ROWS, FIRST, LAST, HIDDEN, OUT, POSITIONS, WRITES, LAYERS, COS, SIN, CAPACITY,
     HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, EPS, QKV_BUFFER, PARTS_BUFFER, ACT, GATE_UP, NORM, LINEAR,
 ) = range(48, 72)  # fmt: skip
-# For draft steps. The maps and the head are addresses of descriptors; START_MAP is 0 where there is none.
-ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS, CONFIDENCE = range(73, 81)
+# For draft steps. The maps and the head are addresses of descriptors; START_MAP is 0 where there is none. DRAFT_LAYERS is
+# what LAYERS is to all else: the weights may be int4 copies there.
+(
+    DRAFT_LAYERS, ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS, CONFIDENCE,
+) = range(72, 81)  # fmt: skip
 # For layers with experts (:mod:`engine.kernels.expert_phases`).
 (
     WHOLE_NORM, NORMED, ROUTER, TOP_K, NORMALIZE, CHOSEN, WEIGHTS, EXPERTS, NUM_EXPERTS, PLACES, NUM_PLACES, ADD_UP,

@@ -1,7 +1,7 @@
 """One draft step of the accelerated stream, as every thread of the team runs it.
 
-Row 0 is the slow stream's own row of the token, row 1 the accelerated stream's: start map | layers | exit map |
-draft head. Where some of the layers have experts, the step is run in parts. What each of them is: :mod:`engine.residuals.accelerator`.
+Row 0 is the slow stream's own row of the token (or, on copies of the layers in another format, near it), row 1 the
+accelerated stream's: start map | layers | exit map | draft head. Where some of the layers have experts, the step is run in parts. What each of them is: :mod:`engine.residuals.accelerator`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from engine.kernels.control import (
     CONFIDENCE,
     DRAFT_BUFFER,
     DRAFT_HEAD,
+    DRAFT_LAYERS,
     DRAFT_LOGITS,
     EMBEDDING,
     EPS,
@@ -30,7 +31,6 @@ from engine.kernels.control import (
     IDS,
     LAST,
     LAYER_FIELDS,
-    LAYERS,
     NO_GAIN,
     NORM,
     OUT,
@@ -68,7 +68,7 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
     else:
         copy_row(h, hidden, 2 * size)
     for index in range(first, get_i64(control + 8 * LAST)):
-        layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
+        layer = get_i64(control + 8 * DRAFT_LAYERS) + index * (8 * LAYER_FIELDS)
         adapters = get_i64(control + 8 * ADAPTERS) + index * (8 * ADAPTER_FIELDS)
         run_layer(tag, kv, kv_size, control, own, layer, adapters, False)
     if rank == 0:

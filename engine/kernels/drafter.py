@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.kernels import control
 from engine.kernels.adapters import describe_adapter, int8_map
+from engine.kernels.draft_layers import use_copies
 from engine.kernels.expert_stepper import FusedExpertStepper, Side
 from engine.kernels.stepper import MAX_ROWS, FusedStepper
 from engine.models.kv_cache import KVCache
@@ -42,8 +43,9 @@ def _slot(size: int) -> _Slot:
 class FusedDrafter:
     """A :class:`engine.residuals.drafter.Drafter` on a :class:`FusedStepper`.
 
-    Adapters and maps are rounded to int8 and the draft head to int4, whatever the model's own format. The slow row
-    has the stepper's own bits. A round's drafts last until the next round's.
+    Adapters and maps are rounded to int8 and the draft head to int4, whatever the model's own format, and where the
+    stepper ``drafts_on_copies``, the layers too. The slow row then only comes near the stepper's own, which it has the
+    bits of otherwise. A round's drafts last until the next round's.
     """
 
     def __init__(self, stepper: FusedStepper, accelerator: Accelerator) -> None:
@@ -69,6 +71,11 @@ class FusedDrafter:
                 self._sides[index] = Side(1, {place: at + n * step for n, place in enumerate(places)})
         self._parts = _parts(self.depth, self._sides)
         head = _draft_head(stepper, vocab)
+        layers = stepper.layers
+        if stepper.drafts_on_copies:  # behind the head, which takes more memory to make
+            records = stepper.copy_layers()
+            use_copies(table, records, decoder.layers[: self.depth])
+            layers = records.ctypes.data
         start = 0
         if accelerator.start is not None:
             start = table.describe(int8_map(accelerator.start)).ctypes.data
@@ -79,6 +86,7 @@ class FusedDrafter:
         self._fields = {
             control.ROWS: 2,
             control.NORM: stepper.final_norm,
+            control.DRAFT_LAYERS: layers,
             control.ADAPTERS: self._adapters.ctypes.data,
             control.START_MAP: start,
             control.DRAFT_HEAD: table.describe(head).ctypes.data,
@@ -102,7 +110,8 @@ class FusedDrafter:
                 rows = slot.rows
         best = int(self._logits.argmax())
         confidence = float(stepper.team.control[control.CONFIDENCE :].view(np.float32)[0])
-        return Draft(int(self._vocab[best]), confidence, slot.slow_state, slot.exit_state)
+        slow_state = None if stepper.drafts_on_copies else slot.slow_state
+        return Draft(int(self._vocab[best]), confidence, slow_state, slot.exit_state)
 
     def _run_dense(self, layers: range, rows: Tensor, slot: _Slot, state: Tensor, position: int) -> None:
         """Neighbouring dense layers, if any, with token and start map before the first layer and the exit behind the

@@ -28,13 +28,14 @@ _TIMEOUT = 600.0  # seconds; it takes most of a minute on two slow cores
 
 @dataclass(frozen=True)
 class Kinds:
-    """Which code: dtype names that stand for the weights' format, the cache's type and the draft head's
-    format (:mod:`engine.kernels.matmul` says which), and which models it is for: ``dense``, or with ``experts``,
-    whose code takes half as long again to compile."""
+    """Which code: dtype names that stand for the weights' format, the cache's type and the formats of draft head and
+    draft layers (:mod:`engine.kernels.matmul` says which), and which models it is for: ``dense``, or with
+    ``experts``, whose code takes half as long again to compile."""
 
     weights: str
     cache: str
     draft_head: str
+    draft_layers: str
     models: str = "dense"
 
 

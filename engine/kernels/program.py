@@ -33,9 +33,11 @@ from engine.kernels.phases import use_rows
 
 
 @njit(nogil=True, error_model="numpy")
-def execute(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int) -> None:
-    """Run the command in the control block as thread ``rank``. The tags choose the types of weights, cache
-    and draft head."""
+def execute(
+    tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
+) -> None:
+    """Run the command in the control block as thread ``rank``. The tags choose the types of weights, cache,
+    draft head and the weights that draft."""
     if get_i64(control + 8 * COMMAND) == RUN_LAYERS:
         run_layers(tag, kv, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_MATMUL:
@@ -43,12 +45,12 @@ def execute(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, 
     elif get_i64(control + 8 * COMMAND) == RUN_FORWARD:
         run_forward(tag, kv, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_DRAFT:
-        run_draft(tag, kv, head, kv_size, control, own, rank)
+        run_draft(draft, kv, head, kv_size, control, own, rank)
 
 
 @njit(nogil=True, error_model="numpy")
 def execute_with_experts(
-    tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int
+    tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
 ) -> None:
     """As :func:`execute`, with the commands for layers with experts."""
     if get_i64(control + 8 * COMMAND) == RUN_ATTENTION:
@@ -56,7 +58,7 @@ def execute_with_experts(
     elif get_i64(control + 8 * COMMAND) == RUN_EXPERTS:
         run_experts(tag, control, own, rank)
     else:
-        execute(tag, kv, head, kv_size, control, own, rank)
+        execute(tag, kv, head, draft, kv_size, control, own, rank)
 
 
 def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
@@ -66,7 +68,8 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     and returns when none came for ``patience`` spins of about 40 ns; its field ``SEEN`` is then the last
     one's number, or -1 if that was to stop. ``publish(control)`` tells the workers that there is a command.
     """
-    tag, kv, head = (np.dtype(name).type(0) for name in (kinds.weights, kinds.cache, kinds.draft_head))
+    names = (kinds.weights, kinds.cache, kinds.draft_head, kinds.draft_layers)
+    tag, kv, head, draft = (np.dtype(name).type(0) for name in names)
     kv_size = kv.nbytes
     run = execute_with_experts if kinds.models == "experts" else execute
 
@@ -86,7 +89,7 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
                     put_i64(own + 8 * SEEN, -1)
                     break
             use_rows(control, own, 0, get_i64(control + 8 * ROWS))
-            run(tag, kv, head, kv_size, control, own, rank)
+            run(tag, kv, head, draft, kv_size, control, own, rank)
             if rank == 0:
                 break
             spins = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import control
+from engine.kernels.draft_layers import fits_int4
 from engine.kernels.linears import LinearTable
 from engine.kernels.native import Kinds
 from engine.kernels.team import PATIENCE, Team
@@ -44,13 +45,19 @@ class FusedStepper:
         assert isinstance(decoder.weights.embedding, Tensor)
         table = decoder.weights.embedding.detach().to(decoder.dtype)
         self._embedding = table.numpy() if self._wide else table.view(torch.uint16).numpy()
-        # The draft head is int4 wherever it can be: what a draft step reads most of is its head.
+        # What a draft step reads most of is its head and, of formats wider than int4, the layers: both are int4 for it
+        # wherever they can be.
         self.draft_head_is_int4 = torch_block() is not None and decoder.config.hidden_size % GROUP_SIZE == 0
         head = "uint8" if self.draft_head_is_int4 else "int8"
+        self.drafts_on_copies = (
+            self.draft_head_is_int4 and self._kind != "uint8" and fits_int4(decoder.config)
+        )
+        layers = "uint8" if self.drafts_on_copies else self._kind
         models = "dense" if decoder.config.experts is None else "experts"
-        kinds = Kinds(self._kind, "float32" if self._wide else "uint16", head, models)
+        kinds = Kinds(self._kind, "float32" if self._wide else "uint16", head, layers, models)
         self.team = Team(num_threads, kinds, self.patience)
         self._layers = np.zeros((len(decoder.layers), control.LAYER_FIELDS), np.int64)
+        self._records = [self._layers]  # all that follow the cache
         for index, layer in enumerate(decoder.layers):
             self._describe_layer(index, layer)
         self.final_norm = self.table.vector(decoder.weights.final_norm)
@@ -228,7 +235,7 @@ class FusedStepper:
             control.WRITES: self._writes.ctypes.data,
             control.IDS: self._ids.ctypes.data,
             control.EMBEDDING: self._embedding.ctypes.data,
-            control.LAYERS: self._layers.ctypes.data,
+            control.LAYERS: self.layers,
             control.HIDDEN_SIZE: config.hidden_size,
             control.HEADS: config.num_heads,
             control.KV_HEADS: config.num_kv_heads,
@@ -269,6 +276,16 @@ class FusedStepper:
                 self.team.control[own + control.OWN_LOW] = self.buffer(rank + 16)
                 self.team.control[own + control.OWN_RAISED] = self.buffer(64)
 
+    @property
+    def layers(self) -> int:
+        """Address of the layers' records."""
+        return self._layers.ctypes.data
+
+    def copy_layers(self) -> np.ndarray:
+        """The layers' records once more, to be changed; they follow the cache as the stepper's own do."""
+        self._records.append(self._layers.copy())
+        return self._records[-1]
+
     def follow(self, cache: KVCache, num_positions: int) -> None:
         """Make ``cache`` the one in use, with room for ``num_positions``, wherever it and the rotary tables
         lie now."""
@@ -283,13 +300,15 @@ class FusedStepper:
         # By identity, not by address: a new cache may start where a freed one did.
         last, generation = self._cache_seen
         if last is None or last() is not cache or generation != cache.generation:
-            self._layers[:, control.KEYS] = [keys.data_ptr() for keys in cache.keys]
-            self._layers[:, control.VALUES] = [values.data_ptr() for values in cache.values]
+            for records in self._records:
+                records[:, control.KEYS] = [keys.data_ptr() for keys in cache.keys]
+                records[:, control.VALUES] = [values.data_ptr() for values in cache.values]
             block[control.CAPACITY] = cache.capacity
             self._cache_seen = (weakref.ref(cache), cache.generation)
         if cache.capacity > self._record_slots:
             chunks = cache.capacity // control.ATTENTION_CHUNK + 2
             queries = control.ATTENTION_ROWS * self.decoder.config.num_heads
-            self._records = np.empty((2, chunks * queries * (self.decoder.config.head_dim + 16)), np.float32)
-            block[control.RECORDS : control.RECORDS + 2] = [part.ctypes.data for part in self._records]
+            size = chunks * queries * (self.decoder.config.head_dim + 16)
+            self._attended = np.empty((2, size), np.float32)
+            block[control.RECORDS : control.RECORDS + 2] = [part.ctypes.data for part in self._attended]
             self._record_slots = cache.capacity

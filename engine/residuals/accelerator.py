@@ -33,7 +33,8 @@ class AcceleratorConfig:
     """What an accelerator looks like.
 
     Attributes:
-        depth: layers that draft and slow rows share, ``0 .. depth - 1``; verification starts there.
+        depth: layers that draft and slow rows share, ``0 .. depth - 1``; verification goes on from the slow rows there,
+            if they are the model's own.
         rank: rank of every adapter; 0 for none (the exit alone is trained).
         conditioned: start and exit see the previous token's final (or exit) state.
         draft_vocab_size: how many of the most frequent tokens can be drafted.

@@ -1,7 +1,9 @@
 """One draft step: the slow row of a token and its accelerated row through the first layers, and the exit.
 
 The slow row is the model's own computation: its keys and values go into the cache and its state is what
-verification continues from, so nothing of it is computed twice. The accelerated row only reads.
+verification continues from, so nothing of it is computed twice. (Where a drafter reads coarser copies of the layers,
+it is not: later drafts attend to its keys and values, and verification writes the model's own over them.) The
+accelerated row only reads.
 """
 
 from __future__ import annotations
@@ -33,13 +35,14 @@ class Draft:
     Attributes:
         token: the drafted token that should follow.
         confidence: its probability under the draft distribution.
-        slow_state: ``[1, D]``, the fed token's own state after the draft layers.
+        slow_state: ``[1, D]``, the fed token's own state after the draft layers; None: only something near it is known,
+            and verification begins before the first layer.
         exit_state: ``[D]``, where the next draft step starts from.
     """
 
     token: int
     confidence: float
-    slow_state: Tensor
+    slow_state: Tensor | None
     exit_state: Tensor
 
 
@@ -183,7 +186,7 @@ def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
 
 
 def make_drafter(stepper: Stepper, accelerator: Accelerator) -> Drafter:
-    """The drafter for this stepper; its slow rows have the stepper's own bits."""
+    """The drafter for this stepper; the slow states that it gives have the stepper's own bits."""
     config, depth = stepper.decoder.config, accelerator.config.depth
     if isinstance(stepper, GraphStepper) and not any(config.is_sparse(index) for index in range(depth)):
         return GraphDrafter(stepper, accelerator)

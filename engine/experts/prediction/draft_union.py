@@ -21,6 +21,7 @@ from engine.residuals.expert_stream import ExpertStream
 
 def named_experts(stream: ExpertStream, draft: Draft, count: int) -> list[Key]:
     """``count`` experts of each layer behind the draft layers, the nearest layers first."""
+    assert draft.slow_state is not None  # layers with experts have no copies
     slow, final = draft.slow_state[0], draft.exit_state
     logits = stream.union_logits(slow.to(stream.union.dtype), final.to(stream.union.dtype))
     return [
