@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from engine.kernels import fused_unavailable, make_fused_stepper
 from engine.kernels.attention_tiles import mix_tile, score_tile
-from engine.kernels.byte_dots import KINDS, available
+from engine.kernels.byte_dots import SMALL, WHOLE, ByteDots, available
 from engine.kernels.int4_tiles import int4_tile
+from engine.kernels.int8_tiles import int8_tile
+from engine.kernels.rounding import round_row
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.models.feed_forward import FeedForward
@@ -28,8 +31,9 @@ from engine.models.kv_cache import KVCache
 from engine.models.rope import rotate
 from engine.models.stepper import forward_in_parts
 from engine.quantization import get_format
-from engine.quantization.int4 import Int4Linear
+from engine.quantization.base import Tileable
 from engine.quantization.int4_layout import torch_block
+from engine.quantization.int8_layout import tile
 
 FORMATS = ("int4", "int8", "bf16", "fp32")
 # Sizes that leave rests: a vocabulary of 4.5 blocks, and three query heads per KV head.
@@ -86,12 +90,15 @@ def make_decoder(weight_format: str, num_layers: int = 3, **changes: Any) -> Dec
 
 
 def exact(linear: Any, x: Tensor) -> Tensor:
-    """``x`` times the unpacked weights in float64; int4 rounds its inputs to 8 bits per group of 32 first."""
-    if isinstance(linear, Int4Linear):
-        groups = x.float().unflatten(-1, (-1, 32))
-        step = groups.abs().amax(-1, keepdim=True) / 127
-        x = ((groups / step).round() * step).flatten(-2)
+    """``x`` times the unpacked weights in float64; integer weights have their inputs rounded to 8 bits first."""
+    if isinstance(linear, Tileable):
+        x = torch.cat([rounded(group) for group in x.float().split(32, dim=-1)], dim=-1)
     return x.double() @ linear.dequantize().double().T
+
+
+def rounded(group: Tensor) -> Tensor:
+    step = group.abs().amax(-1, keepdim=True) / 127
+    return (group / step).round() * step
 
 
 def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int]) -> Tensor:
@@ -276,20 +283,46 @@ def test_int4_layout_is_recognised_or_refused(monkeypatch: pytest.MonkeyPatch) -
     assert torch_block.__wrapped__() is None
 
 
-def run_tile(name: str, rows: int, *tensors: Tensor) -> Tensor:
-    """Three groups through an int4 tile made of the instructions ``name``."""
-    tile, out = int4_tile(rows, KINDS[name]), torch.full((rows, 40), 7.0)
+@cache
+def compiled_tile(kind: str, rows: int, name: str) -> Any:
+    made = int4_tile(rows, SMALL[name]) if kind == "int4" else int8_tile(rows, WHOLE[name])
 
     @njit
-    def run(codes: int, scales: int, x: int, extras: int, out: int) -> None:
-        tile(codes, scales, 3, x, 96, extras, 48, out, 40)
+    def run(
+        weights: int, scales: int, count: int, x: int, inputs: int, extras: int, step: int, out: int
+    ) -> None:
+        made(weights, scales, count, x, inputs, extras, step, out, 40)
 
-    run(*(tensor.data_ptr() for tensor in (*tensors, out)))
-    assert (out[:, 32:] == 7).all()
-    return out[:, :32]
+    return run
 
 
-@pytest.mark.parametrize("name", list(available()))
+def run_tile(kind: str, name: str, weights: Tensor, scales: Tensor, x: Tensor, extras: Tensor) -> Tensor:
+    """Rounded inputs ``x`` through a tile made of the instructions ``name``."""
+    rows, inputs = x.shape
+    width, count = (32, inputs // 32) if kind == "int4" else (16, inputs)
+    out = torch.full((rows, 40), 7.0)
+    addresses = (tensor.data_ptr() for tensor in (weights, scales, x, extras, out))
+    weights_at, scales_at, x_at, extras_at, out_at = addresses
+    compiled_tile(kind, rows, name)(
+        weights_at, scales_at, count, x_at, inputs, extras_at, extras[0].nbytes, out_at
+    )
+    assert (out[:, width:] == 7).all()
+    return out[:, :width]
+
+
+def rounded_rows(rows: int, inputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Random rounded inputs, what is kept beside them, and the numbers that they stand for."""
+    codes = torch.randint(-127, 128, (rows, inputs), generator=generator, dtype=torch.int8)
+    codes[0], codes[-1, ::2] = 127, -127  # the largest sums that there are
+    groups = -(-inputs // 32)
+    steps = torch.rand(rows, groups, generator=generator)
+    sums = torch.nn.functional.pad(codes, (0, -inputs % 32)).view(rows, groups, 32).sum(-1)
+    whole = [(factor * sums).int().view(torch.float32) for factor in (-8, -128)]
+    exact = codes.double() * steps.double().repeat_interleave(32, dim=1)[:, :inputs]
+    return codes, torch.stack((steps, sums.float(), *whole), dim=-1), exact
+
+
+@pytest.mark.parametrize("name", available())
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
 def test_every_instruction_gives_the_same_bits(name: str, rows: int) -> None:
     """All that this CPU has, and plain integer arithmetic, which stands for those that it has not."""
@@ -297,18 +330,57 @@ def test_every_instruction_gives_the_same_bits(name: str, rows: int) -> None:
     codes = torch.randint(0, 16, (32, 96), generator=generator, dtype=torch.uint8)
     codes[0], codes[17] = 15, 0
     scales = (torch.randn(3, 32, 2, generator=generator) / 10).bfloat16()
-    rounded = torch.randint(-127, 128, (rows, 96), generator=generator, dtype=torch.int8)
-    rounded[0] = 127  # the largest sums that there are
-    steps, sums = torch.rand(rows, 3, generator=generator), rounded.view(rows, 3, 32).sum(-1)
-    extras = torch.stack((steps, sums.float(), (-8 * sums).int().view(torch.float32), steps), dim=-1)
+    x, extras, exact = rounded_rows(rows, 96, generator)
     low, high = codes.view(2, 16, 24, 4)
-    packed = (low | high << 4).transpose(0, 1).contiguous()
-    got = run_tile(name, rows, packed, scales, rounded, extras)
+    tensors = (low | high << 4).transpose(0, 1).contiguous(), scales, x, extras
+    got, plain = (run_tile("int4", each, *tensors) for each in (name, "generic"))
     scale, zero = (part.double().T.repeat_interleave(32, dim=1) for part in scales.unbind(-1))
-    x = rounded.double() * steps.double().repeat_interleave(32, dim=1)
-    wanted = x @ ((codes.double() - 8) * scale + zero).T
+    wanted = exact @ ((codes.double() - 8) * scale + zero).T
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert torch.equal(got, run_tile("generic", rows, packed, scales, rounded, extras))
+    assert torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("inputs", [16, 96, 112])
+def test_every_instruction_gives_the_same_bits_with_int8(name: str, rows: int, inputs: int) -> None:
+    """Whole groups and a half one; sums that 16 bits do not hold."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randint(-127, 128, (16, inputs), generator=generator, dtype=torch.int8)
+    weight[0], weight[1], weight[2] = 127, -127, -128
+    scales = (torch.randn(16, generator=generator) / 10).bfloat16()
+    x, extras, exact = rounded_rows(rows, inputs, generator)
+    tiled = weight.clone()
+    tile(tiled)
+    tensors = tiled, scales, x, extras
+    got, plain = (run_tile("int8", each, *tensors) for each in (name, "generic"))
+    wanted = exact @ (weight.double() * scales.double()[:, None]).T
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert torch.equal(got, plain)
+
+
+@njit
+def _round(x: int, codes: int, extras: int, inputs: int) -> None:
+    round_row(x, codes, extras, inputs)
+
+
+@pytest.mark.parametrize("inputs", [16, 64, 80])
+def test_rows_are_rounded_group_by_group(inputs: int) -> None:
+    x = torch.randn(inputs, generator=torch.Generator().manual_seed(inputs))
+    x[0], x[-1] = 100, -50  # one group must not spoil the others
+    if inputs == 64:
+        x[32:] = 0
+    groups = -(-inputs // 32)
+    codes, extras = torch.full((inputs + 16,), 99, dtype=torch.int8), torch.full((groups + 1, 4), 7.0)
+    _round(x.data_ptr(), codes.data_ptr(), extras.data_ptr(), inputs)
+    assert (codes[inputs:] == 99).all() and (extras[groups:] == 7).all()
+    for number, (group, own) in enumerate(zip(x.split(32), codes[:inputs].split(32), strict=True)):
+        step, sum_ = extras[number, :2].tolist()
+        too_much = extras[number, 2:].view(torch.int32).tolist()
+        assert step == pytest.approx(float(group.abs().max()) / 127)
+        assert sum_ == own.sum() and too_much == [-8 * own.sum(), -128 * own.sum()]
+        assert (own * step - group).abs().max() <= 0.501 * step
+        assert own.abs().max() == (127 if step else 0)
 
 
 @pytest.mark.parametrize("queries", [2, 3, 4])
@@ -361,7 +433,8 @@ def test_rows_keep_their_bits_wherever_chunks_end(windows: tuple[int | None, ...
     torch.testing.assert_close(results[0].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_instruction_for_arm_is_one() -> None:
+@pytest.mark.parametrize(("kinds", "flips"), [(SMALL, 0), (WHOLE, 2)])
+def test_the_instruction_for_arm_is_one(kinds: dict[str, ByteDots], flips: int) -> None:
     """It cannot run here, but LLVM can say what it becomes."""
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
@@ -370,11 +443,12 @@ def test_the_instruction_for_arm_is_one() -> None:
     words, bytes_ = ir.VectorType(ir.IntType(32), 8), ir.VectorType(ir.IntType(8), 32)
     function = ir.Function(module, ir.FunctionType(words, [words, bytes_, bytes_]), "dots")
     builder = ir.IRBuilder(function.append_basic_block())
-    builder.ret(KINDS["neon-dotprod"].add(builder, *function.args))
+    builder.ret(kinds["neon-dotprod"].add(builder, *function.args))
     target = binding.Target.from_triple("arm64-apple-darwin")
     machine = target.create_target_machine(cpu="apple-m1")
     code = machine.emit_assembly(binding.parse_assembly(str(module)))
     assert len(re.findall(r"\bsdot", code)) == 2 and "mul" not in code
+    assert len(re.findall(r"\beor", code)) == flips  # codes become the numbers that they stand for
 
 
 @pytest.mark.parametrize("name", ["fp32", "int4"])
