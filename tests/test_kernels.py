@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from llvmlite import binding, ir
 from numba import njit
 from torch import Tensor
 
-from engine.kernels import fused_unavailable, make_fused_stepper
-from engine.kernels.attention_tiles import mix_tile, score_tile
-from engine.kernels.byte_dots import KINDS, available
-from engine.kernels.int4_tiles import int4_tile
+from engine.kernels import control, fused_unavailable, make_fused_stepper
+from engine.kernels.adapter_phases import add_raised_rows, lower
+from engine.kernels.adapters import describe_adapter
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.models.feed_forward import FeedForward
@@ -28,8 +24,9 @@ from engine.models.kv_cache import KVCache
 from engine.models.rope import rotate
 from engine.models.stepper import forward_in_parts
 from engine.quantization import get_format
-from engine.quantization.int4 import Int4Linear
+from engine.quantization.base import Tileable
 from engine.quantization.int4_layout import torch_block
+from engine.residuals.accelerator import LowRank
 
 FORMATS = ("int4", "int8", "bf16", "fp32")
 # Sizes that leave rests: a vocabulary of 4.5 blocks, and three query heads per KV head.
@@ -47,10 +44,10 @@ def make_decoder(weight_format: str, num_layers: int = 3, **changes: Any) -> Dec
     """A random decoder, hidden size 96, heads of 32."""
     fields = {
         "intermediate_size": 192, "qkv_bias": False, "output_bias": False, "mlp_bias": False, "qk_norm": False,
-        "sliding_windows": (), **changes,
+        "sliding_windows": (), "vocab_size": 288, **changes,
     }  # fmt: skip
     config = ModelConfig(
-        model_type="llama", hidden_size=96, num_layers=num_layers, head_dim=32, vocab_size=288, context_length=512,
+        model_type="llama", hidden_size=96, num_layers=num_layers, head_dim=32, context_length=512,
         norm_eps=1e-5, rope=RopeConfig(), tie_embeddings=False, **fields,
     )  # fmt: skip
     packer, cpu = get_format(weight_format), torch.device("cpu")
@@ -86,16 +83,19 @@ def make_decoder(weight_format: str, num_layers: int = 3, **changes: Any) -> Dec
 
 
 def exact(linear: Any, x: Tensor) -> Tensor:
-    """``x`` times the unpacked weights in float64; int4 rounds its inputs to 8 bits per group of 32 first."""
-    if isinstance(linear, Int4Linear):
-        groups = x.float().unflatten(-1, (-1, 32))
-        step = groups.abs().amax(-1, keepdim=True) / 127
-        x = ((groups / step).round() * step).flatten(-2)
+    """``x`` times the unpacked weights in float64; integer weights have their inputs rounded to 8 bits first."""
+    if isinstance(linear, Tileable):
+        x = torch.cat([rounded(group) for group in x.float().split(32, dim=-1)], dim=-1)
     return x.double() @ linear.dequantize().double().T
 
 
-def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int]) -> Tensor:
-    """All layers on rows that start an empty sequence, in float64 on unpacked weights."""
+def rounded(group: Tensor) -> Tensor:
+    step = group.abs().amax(-1, keepdim=True) / 127
+    return (group / step).round() * step
+
+
+def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int], last: int = 3) -> Tensor:
+    """The first layers on rows that start an empty sequence, in float64 on unpacked weights."""
     config, where = decoder.config, torch.tensor(positions)
     decoder.rope.ensure(max(positions) + 1)
     cos, sin = (table[where].double()[None] for table in (decoder.rope.cos, decoder.rope.sin))
@@ -109,7 +109,7 @@ def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int]) -> T
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.norm_eps) * weight.double()
 
     h = hidden.double()
-    for index, layer in enumerate(decoder.layers):
+    for index, layer in enumerate(decoder.layers[:last]):
         heads = apply(layer.qkv, norm(h, layer.attn_norm)).view(len(positions), -1, config.head_dim)
         q, k, v = heads.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -151,11 +151,12 @@ def test_equals_plain_arithmetic(weight_format: str, variant: str) -> None:
     decoder = make_decoder(weight_format, **VARIANTS[variant])
     stepper = make_fused_stepper(decoder, num_threads=2)
     hidden = rows_for(decoder, 11)
-    out = stepper.run_layers(hidden, decoder.new_cache(64), 0, 0, 3)
-    expected = expected_layers(decoder, hidden, list(range(11)))
-    # A bf16 cache rounds keys that differ in the last bit of float32 apart now and then.
-    tolerance = 1e-5 if decoder.dtype == torch.float32 else 4e-3
-    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+    # Inputs and a bf16 cache's keys that differ in the last bit of float32 are rounded apart now and then, and a row
+    # then goes its own way: in more than one layer, that is.
+    for last, tolerance in ((1, 1e-5), (3, 1e-5 if decoder.dtype == torch.float32 else 8e-3)):
+        out = stepper.run_layers(hidden, decoder.new_cache(64), 0, 0, last)
+        expected = expected_layers(decoder, hidden, list(range(11)), last)
+        assert (out - expected).abs().max() <= tolerance * expected.abs().max()
 
     logits = stepper.logits(out)
     normed = out.double() * torch.rsqrt(out.double().square().mean(-1, keepdim=True) + 1e-5)
@@ -247,6 +248,58 @@ def test_follows_a_growing_cache_and_a_second_one() -> None:
     assert growing.generation > 1
 
 
+# Half groups, split inputs that end with one, halves of a matrix that begin within a block of outputs; a vocabulary that
+# leaves half a block and less than a tile.
+RESTS = {**PLAIN, "intermediate_size": 656, "vocab_size": 309, "mlp_bias": True}
+
+
+def test_int8_leaves_nothing_out() -> None:
+    decoder = make_decoder("int8", **RESTS)
+    hidden, results = rows_for(decoder, 6), []
+    for num_threads in (1, 2):
+        stepper = make_fused_stepper(decoder, num_threads)
+        results.append(stepper.run_layers(hidden, decoder.new_cache(64), 0, 0, 3))
+        results.append(stepper.logits(results[-1]))
+        alone = stepper.run_layers(hidden[:1], decoder.new_cache(64), 0, 0, 3)
+        assert torch.equal(alone, results[-2][:1])
+        assert torch.equal(stepper.logits(alone), results[-1][:1])
+        stepper.close()
+    assert all(torch.equal(one, other) for one, other in zip(results[:2], results[2:], strict=True))
+    out, logits = results[:2]
+    expected = expected_layers(decoder, hidden, list(range(6)))
+    assert (out - expected).abs().max() <= 8e-3 * expected.abs().max()
+    normed = out.double() * torch.rsqrt(out.double().square().mean(-1, keepdim=True) + 1e-5)
+    wanted = exact(decoder.weights.lm_head, normed * decoder.weights.final_norm)
+    assert (logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@njit
+def _adapt(own: int, adapter: int, x: int, rows: int, out: int) -> None:
+    lower(own, adapter, x, rows)
+    add_raised_rows(own, adapter, rows, out)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 40, 64, 128])
+def test_adapters_of_any_rank(rank: int) -> None:
+    stepper = make_fused_stepper(make_decoder("fp32", num_layers=1, **PLAIN), num_threads=1)
+    stepper.reserve_adapters(rank)
+    generator = torch.Generator().manual_seed(rank)
+    adapter, x = LowRank(96, 48, rank), torch.randn(3, 96, generator=generator)
+    for matrix in (adapter.down, adapter.up):
+        matrix.data = torch.randn(matrix.shape, generator=generator)
+    described = describe_adapter(stepper.table, adapter)
+    own = stepper.team.control[control.RANKS :].ctypes.data
+
+    def adapt(rows: Tensor) -> Tensor:
+        out = torch.ones(len(rows), 48)
+        _adapt(own, described.ctypes.data, rows.data_ptr(), len(rows), out.data_ptr())
+        return out
+
+    together, wanted = adapt(x), 1 + adapter(x)
+    assert (together - wanted).abs().max() < 0.02 * wanted.abs().max()
+    assert torch.equal(adapt(x[1:2]), together[1:2])
+
+
 def test_matmul_takes_another_head() -> None:
     decoder = make_decoder("int4", **PLAIN)
     stepper = make_fused_stepper(decoder, num_threads=2)
@@ -276,71 +329,6 @@ def test_int4_layout_is_recognised_or_refused(monkeypatch: pytest.MonkeyPatch) -
     assert torch_block.__wrapped__() is None
 
 
-def run_tile(name: str, rows: int, *tensors: Tensor) -> Tensor:
-    """Three groups through an int4 tile made of the instructions ``name``."""
-    tile, out = int4_tile(rows, KINDS[name]), torch.full((rows, 40), 7.0)
-
-    @njit
-    def run(codes: int, scales: int, x: int, extras: int, out: int) -> None:
-        tile(codes, scales, 3, x, 96, extras, 48, out, 40)
-
-    run(*(tensor.data_ptr() for tensor in (*tensors, out)))
-    assert (out[:, 32:] == 7).all()
-    return out[:, :32]
-
-
-@pytest.mark.parametrize("name", list(available()))
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-def test_every_instruction_gives_the_same_bits(name: str, rows: int) -> None:
-    """All that this CPU has, and plain integer arithmetic, which stands for those that it has not."""
-    generator = torch.Generator().manual_seed(rows)
-    codes = torch.randint(0, 16, (32, 96), generator=generator, dtype=torch.uint8)
-    codes[0], codes[17] = 15, 0
-    scales = (torch.randn(3, 32, 2, generator=generator) / 10).bfloat16()
-    rounded = torch.randint(-127, 128, (rows, 96), generator=generator, dtype=torch.int8)
-    rounded[0] = 127  # the largest sums that there are
-    steps, sums = torch.rand(rows, 3, generator=generator), rounded.view(rows, 3, 32).sum(-1)
-    extras = torch.stack((steps, sums.float(), (-8 * sums).int().view(torch.float32), steps), dim=-1)
-    low, high = codes.view(2, 16, 24, 4)
-    packed = (low | high << 4).transpose(0, 1).contiguous()
-    got = run_tile(name, rows, packed, scales, rounded, extras)
-    scale, zero = (part.double().T.repeat_interleave(32, dim=1) for part in scales.unbind(-1))
-    x = rounded.double() * steps.double().repeat_interleave(32, dim=1)
-    wanted = x @ ((codes.double() - 8) * scale + zero).T
-    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    assert torch.equal(got, run_tile("generic", rows, packed, scales, rounded, extras))
-
-
-@pytest.mark.parametrize("queries", [2, 3, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_that_share_a_tile_keep_their_bits(queries: int, dtype: torch.dtype) -> None:
-    tag = np.float32(0) if dtype == torch.float32 else np.uint16(0)
-    x, rows = torch.randn(queries, 48), torch.randn(11, 48).to(dtype)
-    step = rows.stride(0) * rows.itemsize
-    together, alone = score_tile(queries), score_tile(1)
-    mix_together, mix_alone = mix_tile(queries, 2), mix_tile(1, 2)
-
-    @njit
-    def share(x: int, rows: int, scores: int, out: int) -> None:
-        together(tag, x, 192, rows, step, 1, 11, 48, np.float32(0.5), scores, 64)
-        mix_together(tag, scores, 64, rows, step, 1, 11, out, 128)
-
-    @njit
-    def one(x: int, rows: int, scores: int, out: int) -> None:
-        for first, last in ((1, 4), (4, 11)):  # cut wherever
-            alone(tag, x, 0, rows, step, first, last, 48, np.float32(0.5), scores, 0)
-            mix_alone(tag, scores, 0, rows, step, first, last, out, 0)
-
-    shared, own = torch.zeros(2, queries, 16), torch.zeros(2, queries, 32)
-    share(x.data_ptr(), rows.data_ptr(), shared[0].data_ptr(), own[0].data_ptr())
-    for query in range(queries):
-        one(x[query].data_ptr(), rows.data_ptr(), shared[1, query].data_ptr(), own[1, query].data_ptr())
-    assert torch.equal(*shared) and torch.equal(*own)
-    scores = 0.5 * x @ rows.float().T
-    torch.testing.assert_close(shared[0, :, 1:11], scores[:, 1:])
-    torch.testing.assert_close(own[0], scores[:, 1:] @ rows[1:, :32].float())
-
-
 @pytest.mark.parametrize("windows", [(), (70, None, 3)])
 def test_rows_keep_their_bits_wherever_chunks_end(windows: tuple[int | None, ...]) -> None:
     """150 rows in calls of 64, 3 and 1: chunks end within calls, windows begin within chunks, and a call may have more
@@ -359,22 +347,6 @@ def test_rows_keep_their_bits_wherever_chunks_end(windows: tuple[int | None, ...
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     wanted = expected_layers(decoder, hidden, list(range(150)))
     torch.testing.assert_close(results[0].double(), wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_the_instruction_for_arm_is_one() -> None:
-    """It cannot run here, but LLVM can say what it becomes."""
-    binding.initialize_all_targets()
-    binding.initialize_all_asmprinters()
-    module = ir.Module()
-    module.triple = "arm64-apple-darwin"
-    words, bytes_ = ir.VectorType(ir.IntType(32), 8), ir.VectorType(ir.IntType(8), 32)
-    function = ir.Function(module, ir.FunctionType(words, [words, bytes_, bytes_]), "dots")
-    builder = ir.IRBuilder(function.append_basic_block())
-    builder.ret(KINDS["neon-dotprod"].add(builder, *function.args))
-    target = binding.Target.from_triple("arm64-apple-darwin")
-    machine = target.create_target_machine(cpu="apple-m1")
-    code = machine.emit_assembly(binding.parse_assembly(str(module)))
-    assert len(re.findall(r"\bsdot", code)) == 2 and "mul" not in code
 
 
 @pytest.mark.parametrize("name", ["fp32", "int4"])

@@ -162,11 +162,16 @@ def test_int4_rows_do_not_depend_on_what_follows_them(
             assert torch.equal(rows, wanted) and torch.equal(written, keys)
 
 
+@pytest.mark.parametrize(("weight_format", "share"), [("int4", 1.25), ("int8", 2.0)])
 @torch.inference_mode()
-def test_rounding_inputs_costs_int4_little(exact: Decoder, packed: Decoder, tokenizer: Tokenizer) -> None:
-    """The fused kernels round activations to 8 bits: beside what 4-bit weights cost, that must not show."""
+def test_rounding_inputs_costs_little(
+    exact: Decoder, default_model_path: Path, tokenizer: Tokenizer, weight_format: str, share: float
+) -> None:
+    """The fused kernels round activations to 8 bits: the text must not become less likely for it. Beside what 4-bit
+    weights change it hardly shows; with 8-bit weights both are small, and about the same."""
     text = "\n".join(prompt.turns[0] for prompt in load_prompts(suite_path("koala"), 12))
     ids = tokenizer.encode(text)[:512]
+    packed = load_decoder(default_model_path, weight_format)
 
     def logits(name: str, decoder: Decoder) -> Tensor:
         stepper, cache = make(name, decoder), decoder.new_cache(512)
@@ -181,7 +186,7 @@ def test_rounding_inputs_costs_int4_little(exact: Decoder, packed: Decoder, toke
 
     wanted, whole, rounded = logits("torch", exact), logits("torch", packed), logits("fused", packed)
     assert loss(rounded) < 1.01 * loss(whole)
-    assert divergence(rounded) < 1.25 * divergence(whole)
+    assert divergence(rounded) < share * divergence(whole)
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from engine.loading import load_session, pick_format
 from engine.models.checkpoint import open_checkpoint
 from engine.models.loader import load_decoder
 from engine.models.stepper import TorchStepper
-from engine.quantization import WEIGHT_FORMATS, GroupQuantized, get_format
+from engine.quantization import WEIGHT_FORMATS, GroupQuantized, get_format, int8_layout
 from engine.quantization.int4 import quantize_groups
 from engine.quantization.int4_layout import (
     some_codes,
@@ -29,6 +29,7 @@ from engine.quantization.int4_layout import (
     unpack,
     untile,
 )
+from engine.quantization.int8 import Int8Linear
 from engine.requests import GenerationRequest
 from tests import tiny
 
@@ -237,6 +238,49 @@ def test_rounding_twice_changes_little() -> None:
     once = quantize_groups(random(64, 256))
     twice = quantize_groups(once.dequantize())
     assert (once.dequantize() - twice.dequantize()).abs().max() < 0.02
+
+
+# -- int8 ----------------------------------------------------------------------------------------------
+
+
+def random_codes(*shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("outputs", [7, 16, 32, 53, 4144])
+def test_int8_tiles_hold_the_same_codes(outputs: int) -> None:
+    """Whole tiles and rows that are too few for one, one piece and several."""
+    weight = random_codes(outputs, 48)
+    tiled = weight.clone()
+    int8_layout.tile(tiled)
+    assert torch.equal(tiled, weight) == (outputs < 16)
+    assert torch.equal(int8_layout.untile(tiled), weight)
+    keep = torch.randperm(outputs)[: outputs // 2]
+    assert torch.equal(int8_layout.rows_of(tiled, keep), weight[keep])
+
+
+def test_an_int8_tile_is_what_the_kernels_expect() -> None:
+    """Byte 4 j + i of a line: input i of output j, plus 128."""
+    weight = random_codes(32, 64)
+    tiled = weight.clone()
+    int8_layout.tile(tiled)
+    block, line, output, i = 1, 9, 5, 3
+    byte = int(tiled.view(torch.uint8).view(2, 16, 64)[block, line, 4 * output + i])
+    assert byte - 128 == weight[16 * block + output, 4 * line + i]
+
+
+def test_tiled_int8_weights_give_the_same_products() -> None:
+    linear = get_format("int8").pack(random(77, 48), random(77), CPU)
+    assert isinstance(linear, Int8Linear)
+    x, keep = random(5, 48, seed=3).bfloat16(), torch.tensor([3, 70, 76, 3])
+    before = linear(x), linear.dequantize(), linear.rows(keep)(x)
+    for _ in range(2):
+        linear.tile()
+    assert linear.with_tensors(linear.tensors()).tiled
+    after = linear(x), linear.dequantize(), linear.rows(keep)(x)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert torch.equal(linear.dequantize()[keep], linear.rows(keep).dequantize())
 
 
 # -- Shapes, and formats that cannot be used -----------------------------------------------------------

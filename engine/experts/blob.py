@@ -15,8 +15,7 @@ from engine.kernels import takes_tiles
 from engine.models.config import ModelConfig
 from engine.models.feed_forward import FeedForward
 from engine.quantization import WeightFormat
-from engine.quantization.base import Linear
-from engine.quantization.int4 import Int4Linear
+from engine.quantization.base import Linear, Tileable
 
 PAGE = 4096  # blobs begin and end on pages: reads that bypass the system's file cache ask for it
 _ALIGNMENT = 64  # of tensors in a blob: the kernels' loads like cache lines
@@ -72,7 +71,7 @@ class BlobLayout:
         device = device or torch.device("cpu")
         linears = [fmt.pack(torch.zeros(shape), None, device) for shape in shapes]
         for linear in linears if device.type == "cpu" else ():
-            if isinstance(linear, Int4Linear) and takes_tiles(config):
+            if isinstance(linear, Tileable) and takes_tiles(config, linear):
                 linear.tile()
         return cls(FeedForward(*linears))
 
@@ -80,8 +79,8 @@ class BlobLayout:
         """Put ``expert`` into ``blob``, uint8 ``[nbytes]``; its own codes may be put into another order for that."""
         matrices = _matrices(expert)
         for name, kind in self._kinds.items():
-            if isinstance(kind, Int4Linear) and kind.tiled:
-                cast(Int4Linear, matrices[name]).tile()
+            if isinstance(kind, Tileable) and kind.tiled:
+                cast(Tileable, matrices[name]).tile()
         for part in self._parts:
             tensor = matrices[part.matrix].tensors()[part.name].contiguous()
             blob[part.begin : part.end] = tensor.view(-1).view(torch.uint8)
@@ -103,7 +102,7 @@ class BlobLayout:
 
     def _order(self, part: _Part) -> str:
         kind = self._kinds[part.matrix]
-        return "tiles" if isinstance(kind, Int4Linear) and kind.tiled else "torch"
+        return "tiles" if isinstance(kind, Tileable) and kind.tiled else "torch"
 
 
 def checksum(blob: memoryview | bytes) -> int:

@@ -49,10 +49,10 @@ def fused_unavailable(decoder: Decoder) -> str | None:
     return _misfit(decoder.config, isinstance(linears[0], Int4Linear))
 
 
-def takes_tiles(config: ModelConfig) -> bool:
-    """Whether these kernels will run a model's int4 experts, and want them tiled in a store; torch wants its own
-    order."""
-    return _misfit(config, True) is None
+def takes_tiles(config: ModelConfig, expert: Linear) -> bool:
+    """Whether these kernels will run a model's experts, packed as a matrix of one of them is, and want them tiled in a
+    store; torch wants its own order."""
+    return _misfit(config, isinstance(expert, Int4Linear)) is None
 
 
 def _misfit(config: ModelConfig, int4: bool) -> str | None:

@@ -79,7 +79,7 @@ def attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, x
     made of, ``adapter`` the one of row 1's queries, or 0."""
     _write_cache(kv, kv_size, control, own, layer)
     if adapter != 0:
-        lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)))
+        lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)), 1)
     _prepare_queries(control, own, layer, adapter)
     rows, window = get_i64(own + 8 * OWN_ROWS), get_i64(layer + 8 * WINDOW)
     for first in range(0, rows, ROWS_AT_ONCE):

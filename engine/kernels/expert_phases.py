@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from engine.kernels.adapter_phases import add_raised_rows, lower_rows
+from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.barrier import take, wait
 from engine.kernels.control import (
     ADD_UP,
@@ -94,7 +94,7 @@ def run_attention(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank:
             out = get_i64(control + 8 * SIDE_OUT)
             for i in range(side * size):
                 put_f32(out + 4 * i, np.float32(0.0))
-            lower_rows(own, adapter, x + 4 * (rows - side) * size, side)
+            lower(own, adapter, x + 4 * (rows - side) * size, side)
             add_raised_rows(own, adapter, side, out)
     if router != 0:
         logits = get_i64(control + 8 * ROUTER_LOGITS)

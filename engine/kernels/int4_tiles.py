@@ -1,7 +1,6 @@
-"""int4 weights times activations rounded to 8 bits, in integers.
+"""int4 weights times activations rounded to 8 bits (:mod:`engine.kernels.rounding`), in integers.
 
-Activations are rounded per group of 32 inputs, ``x = step * q`` with ``q`` in -127 .. 127 (as llama.cpp does for its
-Q8_0). A group's ``sum((code - 8) * q)`` is the sum of ``code * q`` and of ``-8 * sum(q)``. Integer sums have no order, and
+A group's ``sum((code - 8) * q)`` is the sum of ``code * q`` and of ``-8 * sum(q)``. Integer sums have no order, and
 each row's floats are combined group by group as if it were alone: rows are batch-invariant bit for bit, and the same
 whichever instructions the processor has.
 """
@@ -15,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from engine.kernels.byte_dots import ByteDots, available
+from engine.kernels.byte_dots import SMALL, ByteDots, available
 from engine.kernels.control import BLOCK
 from engine.kernels.intrinsics import (
     AHEAD,
@@ -24,26 +23,18 @@ from engine.kernels.intrinsics import (
     I32,
     I64,
     LANES,
-    VF32,
-    VI32,
     constant,
     fma,
-    larger,
     load,
     offset,
     prefetch,
-    reduce_max,
-    reduce_tree,
     splat,
     store,
 )  # fmt: skip
+from engine.kernels.rounding import GROUP, GROUP_BYTES, STEP, SUM, TOO_MUCH_INT4
 
-GROUP = 32  # inputs per scale, of weights and of activations
-# What is kept of a row's group beside its 32 int8 inputs: step (float), sum(q) (float), -8 * sum(q) (int32).
-GROUP_BYTES = 16
 _LINE = 64  # bytes: four inputs of all outputs of a block
 _CODE_BYTES, _PAIR_BYTES = GROUP * BLOCK // 2, 4 * BLOCK  # of a group
-_ROUNDER = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, ties to even
 
 
 def int4_tile(rows: int, dots: ByteDots) -> Any:
@@ -65,12 +56,10 @@ def int4_tile(rows: int, dots: ByteDots) -> Any:
             builder: Any, codes: Any, pairs: Any, inputs: list[Any], own: list[Any], result: Any
         ) -> None:
             first = [
-                splat(builder, load(builder, offset(builder, own[r], 8), I32), lanes) for r in range(rows)
+                splat(builder, load(builder, offset(builder, at, TOO_MUCH_INT4), I32), lanes) for at in own
             ]
-            step = [splat(builder, load(builder, own[r], F32), lanes) for r in range(rows)]
-            sum_ = [
-                splat(builder, load(builder, offset(builder, own[r], 4), F32), lanes) for r in range(rows)
-            ]
+            step = [splat(builder, load(builder, offset(builder, at, STEP), F32), lanes) for at in own]
+            sum_ = [splat(builder, load(builder, offset(builder, at, SUM), F32), lanes) for at in own]
             for ahead in range(0, _CODE_BYTES, _LINE):
                 prefetch(builder, offset(builder, codes, AHEAD + ahead))
             for ahead in range(0, _PAIR_BYTES, _LINE):
@@ -124,39 +113,4 @@ def int4_tile(rows: int, dots: ByteDots) -> Any:
     return tile
 
 
-@intrinsic
-def round_groups(typingctx: Any, x: Any, out: Any, extras: Any, groups: Any) -> Any:
-    """Round ``groups`` groups of float inputs ``x`` to int8 ``out`` and their ``extras``."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        source, target, extra, count = args
-        with cgutils.for_range(builder, count, intp=I64) as loop:
-            at = offset(builder, source, builder.mul(loop.index, I64(4 * GROUP)))
-            halves = [load(builder, offset(builder, at, 4 * LANES * h), VF32) for h in range(2)]
-            top = reduce_max(builder, larger(builder, *(_magnitude(builder, h) for h in halves)))
-            step = builder.fmul(top, F32(1.0 / 127))
-            some = builder.fcmp_ordered(">", step, F32(1e-30))
-            inverse = splat(builder, builder.select(some, builder.fdiv(F32(127.0), top), F32(0.0)))
-            total = None
-            for h, value in enumerate(halves):
-                scaled = builder.fadd(builder.fmul(value, inverse), constant(_ROUNDER))
-                rounded = builder.fsub(scaled, constant(_ROUNDER))
-                total = rounded if total is None else builder.fadd(total, rounded)
-                codes = builder.trunc(builder.fptosi(rounded, VI32), ir.VectorType(I8, LANES))
-                store(builder, codes, offset(builder, target, builder.mul(loop.index, I64(GROUP)), LANES * h))
-            sum_ = reduce_tree(builder, total)
-            own = offset(builder, extra, builder.mul(loop.index, I64(GROUP_BYTES)))
-            store(builder, step, own)
-            store(builder, sum_, offset(builder, own, 4))
-            store(builder, builder.fptosi(builder.fmul(sum_, F32(-8.0)), I32), offset(builder, own, 8))
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
-
-
-def _magnitude(builder: Any, value: Any) -> Any:
-    bits = builder.and_(builder.bitcast(value, VI32), constant(0x7FFFFFFF, VI32))
-    return builder.bitcast(bits, VF32)
-
-
-TILES = tuple(int4_tile(rows, next(iter(available().values()))) for rows in (1, 2, 3, 4))
+TILES = tuple(int4_tile(rows, SMALL[available()[0]]) for rows in (1, 2, 3, 4))

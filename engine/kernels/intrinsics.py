@@ -73,9 +73,6 @@ def widen(builder: Any, address: Any, element: Any, index: Any) -> Any:
         bits = load(builder, offset(builder, address, builder.mul(index, I64(2))), ir.VectorType(I16, LANES))
         wide = builder.shl(builder.zext(bits, VI32), constant(_BF16_SHIFT, VI32))
         return builder.bitcast(wide, VF32)
-    if element == types.int8:
-        codes = load(builder, offset(builder, address, index), ir.VectorType(I8, LANES))
-        return builder.sitofp(builder.sext(codes, VI32), VF32)
     raise TypeError(f"no vector load for {element}")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.quantization.base import Linear
+from engine.quantization.base import Linear, Tileable
 from engine.quantization.dense import DenseLinear
 from engine.quantization.int4 import Int4Linear
 from engine.quantization.int8 import Int8Linear
@@ -50,8 +50,9 @@ class LinearTable:
         return self._descriptor(linear, 0, 1)
 
     def _descriptor(self, linear: Linear, bias: int, parts: int) -> np.ndarray:
-        if isinstance(linear, Int4Linear):
+        if isinstance(linear, Tileable):
             linear.tile()
+        if isinstance(linear, Int4Linear):
             weight, scales = linear.packed, linear.scales_and_zeros.data_ptr()
         elif isinstance(linear, Int8Linear):
             weight, scales = linear.weight, linear.scales.data_ptr()

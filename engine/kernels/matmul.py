@@ -5,7 +5,7 @@ inputs into parts gives even work to the threads; it depends on the shape alone,
 the reader adds the parts in order.
 
 The weight type is told by a tag argument: uint8 int4, int8, uint16 bfloat16, float32. Each type is compiled
-only when it is used.
+only when it is used. Where weights are integers, so are the inputs: rounded first (:mod:`engine.kernels.rounding`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from engine.kernels import int4_tiles as int4
-from engine.kernels import tiles
+from engine.kernels import int4_tiles, int8_tiles, tiles
 from engine.kernels.control import BIAS, BLOCK, INPUTS, OUTPUTS, PARTS, SCALES
 from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
+from engine.kernels.rounding import GROUP, GROUP_BYTES, STEP, SUM, round_row
 
-_GROUP, _GROUP_BYTES = int4.GROUP, int4.GROUP_BYTES
 _BF16 = np.uint16(0)
+_TILE = int8_tiles.OUTPUTS  # which divides a block
 
-_t1, _t2, _t3, _t4 = int4.TILES
+_n1, _n2, _n3, _n4 = int4_tiles.TILES
+_b1, _b2, _b3, _b4 = int8_tiles.TILES
 _d1, _d2, _d3, _d4 = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4
 
 
 def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
-    """Where :func:`multiply_block` finds its inputs: for int4 the float rows ``x [rows, count]`` are rounded to
-    int8 into ``rounded`` and ``extras``; else ``x`` itself (numba functions only)."""
+    """Where :func:`multiply_block` finds its inputs: for int4 and int8 the float rows ``x [rows, count]`` are rounded
+    into ``rounded`` and ``extras``; else ``x`` itself (numba functions only)."""
     raise NotImplementedError
 
 
@@ -39,7 +40,7 @@ def multiply_block(
 ) -> None:
     """Outputs ``output .. output + block`` of ``rows`` prepared rows ``x`` (numba functions only).
 
-    ``out`` is where the block's first row goes; rows lie ``out_step`` floats apart. The bias is added
+    ``output`` is a multiple of 32 with int4, of 16 with int8. ``out`` is where the block's first row goes; rows lie ``out_step`` floats apart. The bias is added
     by part 0.
     """
     raise NotImplementedError
@@ -53,20 +54,20 @@ def _int4_tail(
     packed, scales = get_i64(linear), get_i64(linear + 8 * SCALES)
     n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
     width = n - output
-    base, pairs = packed + output * k // 2, scales + 4 * (output * k // _GROUP)
+    base, pairs = packed + output * k // 2, scales + 4 * (output * k // GROUP)
     for row in range(rows):
         for j in range(width):
             total = np.float32(0.0)
             for group in range(first, last):
-                extra = extras + _GROUP_BYTES * (row * (k // _GROUP) + group)
+                extra = extras + GROUP_BYTES * (row * (k // GROUP) + group)
                 products = 0
-                for i in range(group * _GROUP, (group + 1) * _GROUP):
+                for i in range(group * GROUP, (group + 1) * GROUP):
                     code = (get_i8(base + (i * width + j) // 2) >> (4 * (j & 1))) & 15
                     rounded = get_i8(x + row * k + i)
                     products += (code - 8) * (rounded - 256 * (rounded >> 7))
                 pair = pairs + 4 * (group * width + j)
                 scale, zero = get_wide(_BF16, pair), get_wide(_BF16, pair + 2)
-                total += get_f32(extra) * (scale * np.float32(products) + zero * get_f32(extra + 4))
+                total += get_f32(extra + STEP) * (scale * np.float32(products) + zero * get_f32(extra + SUM))
             put_f32(out + 4 * (row * out_step + j), total)
 
 
@@ -85,28 +86,78 @@ def _int4_block(
     linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
 ) -> None:
     n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
-    groups, parts = k // _GROUP, get_i64(linear + 8 * PARTS)
+    groups, parts = k // GROUP, get_i64(linear + 8 * PARTS)
     first, last = part * groups // parts, (part + 1) * groups // parts
     width = min(BLOCK, n - output)
     if width < BLOCK:
         _int4_tail(linear, output, first, last, x, extras, out, out_step, rows)
     else:
-        codes = get_i64(linear) + output * k // 2 + first * (_GROUP * BLOCK // 2)
+        codes = get_i64(linear) + output * k // 2 + first * (GROUP * BLOCK // 2)
         pairs = get_i64(linear + 8 * SCALES) + 4 * (output * groups + first * BLOCK)
-        count, step = last - first, _GROUP_BYTES * groups
+        count, step = last - first, GROUP_BYTES * groups
         for row in range(0, rows, 4):
-            a = x + row * k + first * _GROUP
-            e = extras + row * step + first * _GROUP_BYTES
+            a = x + row * k + first * GROUP
+            e = extras + row * step + first * GROUP_BYTES
             o = out + 4 * row * out_step
             left = rows - row
             if left >= 4:
-                _t4(codes, pairs, count, a, k, e, step, o, out_step)
+                _n4(codes, pairs, count, a, k, e, step, o, out_step)
             elif left == 3:
-                _t3(codes, pairs, count, a, k, e, step, o, out_step)
+                _n3(codes, pairs, count, a, k, e, step, o, out_step)
             elif left == 2:
-                _t2(codes, pairs, count, a, k, e, step, o, out_step)
+                _n2(codes, pairs, count, a, k, e, step, o, out_step)
             else:
-                _t1(codes, pairs, count, a, k, e, step, o, out_step)
+                _n1(codes, pairs, count, a, k, e, step, o, out_step)
+    if part == 0:
+        _add_bias(linear, output, width, out, out_step, rows)
+
+
+@njit(nogil=True, error_model="numpy")
+def _int8_tail(
+    linear: int, output: int, first: int, last: int, x: int, extras: int, out: int, out_step: int, rows: int
+) -> None:
+    """The last outputs of a matrix, fewer than a tile: they lie as rows."""
+    scales, n, k = get_i64(linear + 8 * SCALES), get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
+    step = GROUP_BYTES * ((k + GROUP - 1) // GROUP)
+    for row in range(rows):
+        for j in range(output, n):
+            total = np.float32(0.0)
+            for group in range(first, last):
+                products = 0
+                for i in range(group * GROUP, min((group + 1) * GROUP, k)):
+                    code, rounded = get_i8(get_i64(linear) + j * k + i), get_i8(x + row * k + i)
+                    products += (code - 256 * (code >> 7)) * (rounded - 256 * (rounded >> 7))
+                total += get_f32(extras + row * step + group * GROUP_BYTES + STEP) * np.float32(products)
+            scale = get_wide(_BF16, scales + 2 * j)
+            put_f32(out + 4 * (row * out_step + j - output), scale * total)
+
+
+@njit(nogil=True, error_model="numpy")
+def _int8_block(
+    linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
+) -> None:
+    n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
+    groups, parts = (k + GROUP - 1) // GROUP, get_i64(linear + 8 * PARTS)
+    first, last = part * groups // parts, (part + 1) * groups // parts
+    begin, count, step = first * GROUP, min(last * GROUP, k) - first * GROUP, GROUP_BYTES * groups
+    width = min(BLOCK, n - output)
+    tiled = width // _TILE * _TILE
+    for j in range(0, tiled, _TILE):
+        codes = get_i64(linear) + (output + j) * k + begin * _TILE
+        scales = get_i64(linear + 8 * SCALES) + 2 * (output + j)
+        for row in range(0, rows, 4):
+            a, e = x + row * k + begin, extras + row * step + first * GROUP_BYTES
+            o, left = out + 4 * (row * out_step + j), rows - row
+            if left >= 4:
+                _b4(codes, scales, count, a, k, e, step, o, out_step)
+            elif left == 3:
+                _b3(codes, scales, count, a, k, e, step, o, out_step)
+            elif left == 2:
+                _b2(codes, scales, count, a, k, e, step, o, out_step)
+            else:
+                _b1(codes, scales, count, a, k, e, step, o, out_step)
+    if tiled < width:
+        _int8_tail(linear, output + tiled, first, last, x, extras, out + 4 * tiled, out_step, rows)
     if part == 0:
         _add_bias(linear, output, width, out, out_step, rows)
 
@@ -133,19 +184,13 @@ def _row_major_block(
                 _d2(tag, w, count, a, k, o, out_step)
             else:
                 _d1(tag, w, count, a, k, o, out_step)
-    scales = get_i64(linear + 8 * SCALES)
-    if scales != 0:
-        for r in range(rows):
-            for j in range(width):
-                at = out + 4 * (r * out_step + j)
-                put_f32(at, get_f32(at) * get_wide(_BF16, scales + 2 * (output + j)))
     if part == 0:
         _add_bias(linear, output, width, out, out_step, rows)
 
 
 @overload(prepare_rows)
 def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
-    if tag != types.uint8:
+    if tag not in (types.uint8, types.int8):
 
         def same(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
             return x
@@ -153,10 +198,9 @@ def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras:
         return same
 
     def prepare(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
-        groups = count // _GROUP
+        groups = (count + GROUP - 1) // GROUP
         for row in range(rows):
-            own = extras + _GROUP_BYTES * row * groups
-            int4.round_groups(x + 4 * row * count, rounded + row * count, own, groups)
+            round_row(x + 4 * row * count, rounded + row * count, extras + GROUP_BYTES * row * groups, count)
         return rounded
 
     return prepare
@@ -166,7 +210,8 @@ def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras:
 def _multiply_block(
     tag: Any, linear: Any, output: Any, part: Any, x: Any, extras: Any, out: Any, out_step: Any, rows: Any
 ) -> Any:
-    if tag == types.uint8:
+    if tag in (types.uint8, types.int8):
+        block = _int4_block if tag == types.uint8 else _int8_block
 
         def multiply(
             tag: Any,
@@ -179,10 +224,10 @@ def _multiply_block(
             out_step: Any,
             rows: Any,
         ) -> None:
-            _int4_block(linear, output, part, x, extras, out, out_step, rows)
+            block(linear, output, part, x, extras, out, out_step, rows)
 
         return multiply
-    size = {types.int8: 1, types.uint16: 2, types.float32: 4}[tag]
+    size = {types.uint16: 2, types.float32: 4}[tag]
 
     def multiply_rows(
         tag: Any, linear: Any, output: Any, part: Any, x: Any, extras: Any, out: Any, out_step: Any, rows: Any

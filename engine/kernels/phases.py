@@ -13,7 +13,7 @@ from typing import Any
 
 from numba import njit
 
-from engine.kernels.adapter_phases import add_raised, add_raised_rows, lower, lower_rows
+from engine.kernels.adapter_phases import add_raised, add_raised_rows, lower
 from engine.kernels.attention_phases import attention_phase
 from engine.kernels.barrier import take, wait
 from engine.kernels.control import (
@@ -87,7 +87,7 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
     raw = get_i64(control + 8 * GATE_UP)
     if adapter != 0:
-        lower(own, adapter, x + 4 * inputs)
+        lower(own, adapter, x + 4 * inputs, 1)
     x = prepare_rows(tag, x, rows, inputs, rounded, extras)
     tasks = (size + BLOCK - 1) // BLOCK
     task = take(control, own, tasks)
@@ -124,7 +124,7 @@ def _add_residual(control: int, own: int, linear: int, adapter: int, x: int) -> 
     h = get_i64(own + 8 * OWN_H)
     add_parts(h, get_i64(control + 8 * PARTS_BUFFER), 4 * count, get_i64(linear + 8 * PARTS), count)
     if adapter != 0:
-        lower(own, adapter, x + 4 * get_i64(linear + 8 * INPUTS))
+        lower(own, adapter, x + 4 * get_i64(linear + 8 * INPUTS), 1)
         add_raised(own, adapter, 0, size, h + 4 * size)
 
 
@@ -148,7 +148,7 @@ def attend_layer(
     first = 4 * (rows - last) * get_i64(control + 8 * HIDDEN_SIZE)
     norm_rows(control, own, get_i64(layer + 8 * ATTN_NORM))
     if beside != 0:
-        lower_rows(own, beside, x + first, last)
+        lower(own, beside, x + first, last)
     matmul_phase(tag, control, own, layer + 8 * QKV, x, rows, get_i64(control + 8 * QKV_BUFFER))
     attention_phase(kv, kv_size, control, own, layer, x, query)
     matmul_phase(tag, control, own, layer + 8 * O_PROJ, mixed, rows, parts)

@@ -251,9 +251,9 @@ class FusedStepper:
             own = control.RANKS + rank * control.RANK_FIELDS
             fields[own + control.OWN_H] = self.buffer(config.hidden_size)
             fields[own + control.OWN_X] = self.buffer(self._max_inputs)
-            # of int4's inputs: a byte each, and four floats for 32 of them
-            fields[own + control.OWN_ROUNDED] = self.buffer(-(-self._max_inputs // 4))
-            fields[own + control.OWN_EXTRAS] = self.buffer(-(-self._max_inputs // 32) * 4)
+            fields[own + control.OWN_ROUNDED], fields[own + control.OWN_EXTRAS] = self._rounded(
+                self._max_inputs
+            )
             fields[own + control.OWN_KV] = self.buffer(config.head_dim)
             fields[own + control.OWN_QUERIES] = self.buffer(mixed)
             fields[own + control.OWN_MIXED] = self.buffer(mixed)
@@ -267,6 +267,10 @@ class FusedStepper:
         self._buffers.append(buffer)
         return -(-buffer.ctypes.data // 64) * 64
 
+    def _rounded(self, inputs: int) -> tuple[int, int]:
+        """Buffers for rounded inputs (:mod:`engine.kernels.rounding`) and what is kept beside them."""
+        return self.buffer(-(-inputs // 4)), self.buffer(-(-inputs // GROUP_SIZE) * 4)
+
     def reserve_adapters(self, rank: int) -> None:
         """Have scratch for adapters of up to ``rank``."""
         if rank > self._adapter_rank:
@@ -275,6 +279,9 @@ class FusedStepper:
                 own = control.RANKS + thread * control.RANK_FIELDS
                 self.team.control[own + control.OWN_LOW] = self.buffer(rank + 16)
                 self.team.control[own + control.OWN_RAISED] = self.buffer(64)
+                rounded, extras = self._rounded(rank + 16)
+                self.team.control[own + control.OWN_LOW_ROUNDED] = rounded
+                self.team.control[own + control.OWN_LOW_EXTRAS] = extras
 
     @property
     def layers(self) -> int:

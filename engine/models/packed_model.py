@@ -23,7 +23,7 @@ from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.models.feed_forward import FeedForward
 from engine.quantization import get_format
-from engine.quantization.base import Linear
+from engine.quantization.base import Linear, Tileable
 from engine.quantization.int4 import Int4Linear
 from engine.quantization.int4_layout import torch_block
 from engine.quantization.int8 import Int8Linear
@@ -123,12 +123,13 @@ def _matrices(weights: DecoderWeights) -> Iterator[tuple[str, Linear]]:
 
 
 def _to_tensors(weights: DecoderWeights) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """All tensors by name; of the int4 matrices the inputs, the outputs and whether they are tiled."""
+    """All tensors by name; of the matrices the inputs, the outputs and whether they are tiled."""
     assert isinstance(weights.embedding, Tensor)
     tensors, about = {"embedding": weights.embedding, "final_norm": weights.final_norm}, {}
     for name, matrix in _matrices(weights):
+        assert isinstance(matrix, Tileable)
+        about[name] = [matrix.in_features, matrix.out_features, matrix.tiled]
         if isinstance(matrix, Int4Linear):
-            about[name] = [matrix.in_features, matrix.out_features, matrix.tiled]
             parts = {"packed": matrix.packed, "scales": matrix.scales_and_zeros}
         else:
             assert isinstance(matrix, Int8Linear)
@@ -148,9 +149,9 @@ def _from_tensors(tensors: dict[str, Tensor], about: dict[str, list[int]], num_l
     def matrix(name: str) -> Linear:
         packed, scales = tensors[f"{name}.packed"], tensors[f"{name}.scales"]
         bias = tensors.get(f"{name}.bias")
-        if name not in about:
-            return Int8Linear(packed, scales, bias)
         in_features, out_features, tiled = about[name]
+        if packed.dtype == torch.int8:
+            return Int8Linear(packed, scales, bias, bool(tiled))
         return Int4Linear(packed, scales, in_features, out_features, bias, bool(tiled))
 
     def layer(index: int) -> LayerWeights:

@@ -42,6 +42,16 @@ class Linear(ABC):
         """The weights as float32 ``[N, K]``, for tests and tools."""
 
 
+class Tileable(Linear):
+    """A matrix whose codes lie in torch's order or, if ``tiled``, in the tiles of our own kernels."""
+
+    tiled: bool
+
+    @abstractmethod
+    def tile(self) -> None:
+        """Put the codes into tiles, in place. Torch's kernels then work on a copy."""
+
+
 @dataclass(frozen=True)
 class GroupQuantized:
     """Unpacked 4-bit codes as some files hold them: ``w = scale * code + minimum`` per group of inputs."""

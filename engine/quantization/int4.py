@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from engine.quantization.base import GroupQuantized, Linear, check_shape
+from engine.quantization.base import GroupQuantized, Linear, Tileable, check_shape
 from engine.quantization.int4_layout import (
     GROUP_SIZE,
     some_codes,
@@ -29,7 +29,7 @@ _INPUTS_AT_ONCE = 64
 _OUTPUTS = 16  # torch packs as many at once
 
 
-class Int4Linear(Linear):
+class Int4Linear(Tileable):
     """``packed`` codes in torch's own order for the device and ``scales_and_zeros bf16 [K / 32, N, 2]``; if ``tiled``,
     both in that of our own kernels (:mod:`engine.quantization.int4_layout`)."""
 
@@ -66,7 +66,6 @@ class Int4Linear(Linear):
         return self.packed.nbytes + self.scales_and_zeros.nbytes
 
     def tile(self) -> None:
-        """Put codes and scales into the tiles of our own kernels, in place. Torch's kernels then work on a copy."""
         if not self.tiled:
             block = torch_block()
             assert block is not None

@@ -1,4 +1,7 @@
-"""int8 weights with one scale per output row, through torch's packed kernel."""
+"""int8 weights with one scale per output row, through torch's kernel or, in tiles, our own.
+
+Torch's kernel multiplies them as floats; our own round the activations to 8 bits too, and multiply integers.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from engine.quantization.base import GroupQuantized, Linear, check_shape
+from engine.quantization.base import GroupQuantized, Linear, Tileable, check_shape
+from engine.quantization.int8_layout import rows_of, tile, untile
 
-_INPUTS = 16  # that the CPU kernel reads at once; on another multiple it reads past the end of the matrix
+_INPUTS = 16  # that torch's CPU kernel reads at once; on another multiple it reads past the end of the matrix
 
 
-class Int8Linear(Linear):
-    """``weight int8 [N, K]`` and ``scales bf16 [N]``: ``w = weight * scale``. Activations are bf16."""
+class Int8Linear(Tileable):
+    """``weight int8 [N, K]`` and ``scales bf16 [N]``: ``w = weight * scale``. If ``tiled``, the weight lies in the order
+    of our own kernels (:mod:`engine.quantization.int8_layout`). Activations are bf16."""
 
-    def __init__(self, weight: Tensor, scales: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, scales: Tensor, bias: Tensor | None = None, tiled: bool = False
+    ) -> None:
         self.weight = weight
         self.scales = scales
         self.bias = bias
+        self.tiled = tiled
         self.out_features, self.in_features = weight.shape
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        out = torch._weight_int8pack_mm(rows, self.weight, self.scales)
+        out = torch._weight_int8pack_mm(rows, untile(self.weight) if self.tiled else self.weight, self.scales)
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features)
@@ -32,14 +40,25 @@ class Int8Linear(Linear):
     def nbytes(self) -> int:
         return self.weight.nbytes + self.scales.nbytes
 
+    def tile(self) -> None:
+        if not self.tiled:
+            tile(self.weight)
+            self.tiled = True
+
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight, "scales": self.scales}
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Int8Linear:
-        return Int8Linear(tensors["weight"], tensors["scales"])
+        return Int8Linear(tensors["weight"], tensors["scales"], None, self.tiled)
 
     def dequantize(self) -> Tensor:
-        return self.weight.float() * self.scales.float()[:, None]
+        weight = untile(self.weight) if self.tiled else self.weight
+        return weight.float() * self.scales.float()[:, None]
+
+    def rows(self, outputs: Tensor, bias: Tensor | None = None) -> Int8Linear:
+        """A matrix of the rows that ``outputs`` names, with their own codes and scales, and a ``bias``."""
+        weight = rows_of(self.weight, outputs) if self.tiled else self.weight[outputs].contiguous()
+        return Int8Linear(weight, self.scales[outputs].contiguous(), bias)
 
 
 class Int8Format:

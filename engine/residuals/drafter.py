@@ -178,7 +178,7 @@ def cut_head(decoder: Decoder, draft_vocab: Tensor) -> Linear:
     if isinstance(head, DenseLinear):
         return DenseLinear(head.weight[keep].contiguous(), bias)
     if isinstance(head, Int8Linear):
-        return Int8Linear(head.weight[keep].contiguous(), head.scales[keep].contiguous(), bias)
+        return head.rows(keep, bias)
     if isinstance(head, Int4Linear):
         return Int4Format().pack(head.rows(keep), bias, decoder.device)
     weight = head.dequantize()[keep].to(decoder.device, decoder.dtype)
