@@ -15,7 +15,7 @@ from engine.kernels import native
 from engine.kernels.native import Kinds
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = Kinds("uint16", "uint16", "uint8", "uint8")
+KINDS = Kinds("uint16", "uint16", "uint32", "uint32")
 
 
 def run(code: str, **environment: str) -> str:

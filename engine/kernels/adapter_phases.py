@@ -21,7 +21,7 @@ from engine.kernels.intrinsics import get_i64
 from engine.kernels.matmul import multiply_block, prepare_rows
 from engine.kernels.rows import add_parts
 
-ADAPTER_TAG = np.int8(0)  # adapters and maps are int8, whatever the model's own format
+ADAPTER_TAG = np.int32(0)  # adapters and maps are int8, whatever the model's own format, and come again soon
 
 
 @njit(nogil=True, error_model="numpy")

@@ -24,6 +24,7 @@ SEQUENCE, ARRIVED = 0, 16
 # For whole passes: rows that are some layers deep already, and tokens.
 BEGUN, IDS, EMBEDDING, LOGITS, NO_GAIN = range(100, 105)
 RECORDS = 105  # of attention, two buffers of them
+KEPT_LAYERS = 107  # the first so many, which draft steps read too
 RANKS = 112  # per thread RANK_FIELDS
 RANK_FIELDS = 32
 (

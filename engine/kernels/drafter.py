@@ -71,11 +71,12 @@ class FusedDrafter:
                 self._sides[index] = Side(1, {place: at + n * step for n, place in enumerate(places)})
         self._parts = _parts(self.depth, self._sides)
         head = _draft_head(stepper, vocab)
-        layers = stepper.layers
+        layers, kept = stepper.layers, self.depth
         if stepper.drafts_on_copies:  # behind the head, which takes more memory to make
             records = stepper.copy_layers()
             use_copies(table, records, decoder.layers[: self.depth])
-            layers = records.ctypes.data
+            layers, kept = records.ctypes.data, 0
+        stepper.team.control[control.KEPT_LAYERS] = kept
         start = 0
         if accelerator.start is not None:
             start = table.describe(int8_map(accelerator.start)).ctypes.data

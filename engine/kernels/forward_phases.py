@@ -13,6 +13,7 @@ from engine.kernels.control import (
     HIDDEN,
     HIDDEN_SIZE,
     IDS,
+    KEPT_LAYERS,
     LAST,
     LAYER_FIELDS,
     LAYERS,
@@ -57,11 +58,33 @@ def run_matmul(tag: Any, control: int, own: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
-def run_forward(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: int) -> None:
+def _run_some(
+    tag: Any,
+    kv: Any,
+    draft: Any,
+    kv_size: int,
+    control: int,
+    own: int,
+    layers: int,
+    first: int,
+    last: int,
+    kept: int,
+) -> None:
+    for index in range(first, last):
+        layer = layers + index * (8 * LAYER_FIELDS)
+        if index < kept:
+            run_layer(draft, kv, kv_size, control, own, layer, 0, False)
+        else:
+            run_layer(tag, kv, kv_size, control, own, layer, 0, False)
+
+
+@njit(nogil=True, error_model="numpy")
+def run_forward(tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """``ROWS`` rows through all layers up to ``LAST``, to ``OUT``, and through final norm and head, to ``LOGITS``.
 
     The first ``BEGUN`` rows are ``FIRST`` layers deep already and lie where the addresses at ``HIDDEN`` say; the others
-    are tokens ``IDS``, of the table ``EMBEDDING`` in the cache's type.
+    are tokens ``IDS``, of the table ``EMBEDDING`` in the cache's type. The first ``KEPT_LAYERS`` are read as draft steps
+    read them, to stay in the cache for them.
     """
     size, rows, begun = (
         get_i64(control + 8 * HIDDEN_SIZE),
@@ -73,21 +96,19 @@ def run_forward(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: i
     for row in range(rows - begun):
         token = get_i64(get_i64(control + 8 * IDS) + 8 * row)
         copy_wide(kv, fresh + 4 * row * size, get_i64(control + 8 * EMBEDDING) + kv_size * token * size, size)
-    layers = get_i64(control + 8 * LAYERS)
+    layers, kept = get_i64(control + 8 * LAYERS), get_i64(control + 8 * KEPT_LAYERS)
     if begun != 0:
         if begun < rows:
             put_i64(own + 8 * OWN_H, fresh)
             use_rows(control, own, begun, rows - begun)
-            for index in range(first):
-                run_layer(tag, kv, kv_size, control, own, layers + index * (8 * LAYER_FIELDS), 0, False)
+            _run_some(tag, kv, draft, kv_size, control, own, layers, 0, first, kept)
             put_i64(own + 8 * OWN_H, h)
             use_rows(control, own, 0, rows)
         for row in range(begun):
             copy_row(h + 4 * row * size, get_i64(get_i64(control + 8 * HIDDEN) + 8 * row), size)
     else:
         first = 0
-    for index in range(first, last):
-        run_layer(tag, kv, kv_size, control, own, layers + index * (8 * LAYER_FIELDS), 0, False)
+    _run_some(tag, kv, draft, kv_size, control, own, layers, first, last, kept)
     if rank == 0:
         copy_row(get_i64(control + 8 * OUT), h, rows * size)
     norm_rows(control, own, get_i64(control + 8 * NORM))

@@ -37,7 +37,7 @@ _LINE = 64  # bytes: four inputs of all outputs of a block
 _CODE_BYTES, _PAIR_BYTES = GROUP * BLOCK // 2, 4 * BLOCK  # of a group
 
 
-def int4_tile(rows: int, dots: ByteDots) -> Any:
+def int4_tile(rows: int, dots: ByteDots, keep: bool = False) -> Any:
     """Tile of ``rows`` rows by 32 outputs of the layout that :mod:`engine.quantization.int4_layout` describes: codes and,
     as pairs of bf16, scales and zeros of ``groups`` groups, one behind the other."""
     lanes = dots.lanes
@@ -61,9 +61,9 @@ def int4_tile(rows: int, dots: ByteDots) -> Any:
             step = [splat(builder, load(builder, offset(builder, at, STEP), F32), lanes) for at in own]
             sum_ = [splat(builder, load(builder, offset(builder, at, SUM), F32), lanes) for at in own]
             for ahead in range(0, _CODE_BYTES, _LINE):
-                prefetch(builder, offset(builder, codes, AHEAD + ahead))
+                prefetch(builder, offset(builder, codes, AHEAD + ahead), keep)
             for ahead in range(0, _PAIR_BYTES, _LINE):
-                prefetch(builder, offset(builder, pairs, AHEAD * _PAIR_BYTES // _CODE_BYTES + ahead))
+                prefetch(builder, offset(builder, pairs, AHEAD * _PAIR_BYTES // _CODE_BYTES + ahead), keep)
             for piece in pieces:
                 totals = {
                     (r, half): dots.start(builder, first[r]) for r in range(rows) for half in (0, LANES)
@@ -113,4 +113,6 @@ def int4_tile(rows: int, dots: ByteDots) -> Any:
     return tile
 
 
-TILES = tuple(int4_tile(rows, SMALL[available()[0]]) for rows in (1, 2, 3, 4))
+STREAMED, KEPT = (
+    tuple(int4_tile(rows, SMALL[available()[0]], keep) for rows in (1, 2, 3, 4)) for keep in (False, True)
+)

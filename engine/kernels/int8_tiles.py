@@ -37,7 +37,7 @@ OUTPUTS = LANES  # of a tile
 _LINE = 4 * OUTPUTS  # bytes: four inputs of all of them
 
 
-def int8_tile(rows: int, dots: ByteDots) -> Any:
+def int8_tile(rows: int, dots: ByteDots, keep: bool = False) -> Any:
     """Tile of ``rows`` rows by 16 outputs of the layout that :mod:`engine.quantization.int8_layout` describes:
     ``codes`` of ``count`` inputs, a multiple of 16, and the outputs' ``scales``, bf16."""
     lanes = dots.lanes
@@ -57,7 +57,7 @@ def int8_tile(rows: int, dots: ByteDots) -> Any:
             ]
             step = [splat(builder, load(builder, offset(builder, at, STEP), F32), lanes) for at in own]
             for ahead in range(0, count * OUTPUTS, _LINE):
-                prefetch(builder, offset(builder, codes, AHEAD + ahead))
+                prefetch(builder, offset(builder, codes, AHEAD + ahead), keep)
             for piece in pieces:
                 totals = [dots.start(builder, each) for each in first]
                 for line in range(count // 4):
@@ -108,4 +108,6 @@ def int8_tile(rows: int, dots: ByteDots) -> Any:
     return tile
 
 
-TILES = tuple(int8_tile(rows, WHOLE[available()[0]]) for rows in (1, 2, 3, 4))
+STREAMED, KEPT = (
+    tuple(int8_tile(rows, WHOLE[available()[0]], keep) for rows in (1, 2, 3, 4)) for keep in (False, True)
+)

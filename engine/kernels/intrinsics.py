@@ -130,12 +130,13 @@ def join(builder: Any, low: Any, high: Any) -> Any:
 AHEAD = 8192
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line at ``address``, into the second-level cache."""
+def prefetch(builder: Any, address: Any, keep: bool) -> None:
+    """Ask for the cache line at ``address``, into the second-level cache. What is not to be ``keep``-t leaves it for good,
+    and so pushes nothing else out of the last-level cache."""
     byte_pointer = I8.as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte_pointer, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-    builder.call(function, [pointer(builder, address, I8), I32(0), I32(2), I32(1)])
+    builder.call(function, [pointer(builder, address, I8), I32(0), I32(2 if keep else 0), I32(1)])
 
 
 @intrinsic

@@ -4,12 +4,15 @@ A linear's descriptor is six int64: weights, scales, bias (0: none), N, K, numbe
 inputs into parts gives even work to the threads; it depends on the shape alone, never on the threads, and
 the reader adds the parts in order.
 
-The weight type is told by a tag argument: uint8 int4, int8, uint16 bfloat16, float32. Each type is compiled
-only when it is used. Where weights are integers, so are the inputs: rounded first (:mod:`engine.kernels.rounding`).
+The weight type is told by a tag argument: uint8 int4, int8, uint16 bfloat16, float32. Such weights are read once a step
+and leave the caches behind them. What a draft step reads comes again soon and is little: uint32 is int4 and int32 int8
+whose weights are left in the last-level cache, where the others leave them in peace. Each type is compiled only when
+it is used. Where weights are integers, so are the inputs: rounded first (:mod:`engine.kernels.rounding`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +27,6 @@ from engine.kernels.rounding import GROUP, GROUP_BYTES, STEP, SUM, round_row
 _BF16 = np.uint16(0)
 _TILE = int8_tiles.OUTPUTS  # which divides a block
 
-_n1, _n2, _n3, _n4 = int4_tiles.TILES
-_b1, _b2, _b3, _b4 = int8_tiles.TILES
 _d1, _d2, _d3, _d4 = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4
 
 
@@ -81,35 +82,40 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
                 put_f32(at, get_f32(at) + get_f32(bias + 4 * (output + j)))
 
 
-@njit(nogil=True, error_model="numpy")
-def _int4_block(
-    linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
-) -> None:
-    n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
-    groups, parts = k // GROUP, get_i64(linear + 8 * PARTS)
-    first, last = part * groups // parts, (part + 1) * groups // parts
-    width = min(BLOCK, n - output)
-    if width < BLOCK:
-        _int4_tail(linear, output, first, last, x, extras, out, out_step, rows)
-    else:
-        codes = get_i64(linear) + output * k // 2 + first * (GROUP * BLOCK // 2)
-        pairs = get_i64(linear + 8 * SCALES) + 4 * (output * groups + first * BLOCK)
-        count, step = last - first, GROUP_BYTES * groups
-        for row in range(0, rows, 4):
-            a = x + row * k + first * GROUP
-            e = extras + row * step + first * GROUP_BYTES
-            o = out + 4 * row * out_step
-            left = rows - row
-            if left >= 4:
-                _n4(codes, pairs, count, a, k, e, step, o, out_step)
-            elif left == 3:
-                _n3(codes, pairs, count, a, k, e, step, o, out_step)
-            elif left == 2:
-                _n2(codes, pairs, count, a, k, e, step, o, out_step)
-            else:
-                _n1(codes, pairs, count, a, k, e, step, o, out_step)
-    if part == 0:
-        _add_bias(linear, output, width, out, out_step, rows)
+def _int4_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
+    n1, n2, n3, n4 = tiles
+
+    @njit(nogil=True, error_model="numpy")
+    def block(
+        linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
+    ) -> None:
+        n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
+        groups, parts = k // GROUP, get_i64(linear + 8 * PARTS)
+        first, last = part * groups // parts, (part + 1) * groups // parts
+        width = min(BLOCK, n - output)
+        if width < BLOCK:
+            _int4_tail(linear, output, first, last, x, extras, out, out_step, rows)
+        else:
+            codes = get_i64(linear) + output * k // 2 + first * (GROUP * BLOCK // 2)
+            pairs = get_i64(linear + 8 * SCALES) + 4 * (output * groups + first * BLOCK)
+            count, step = last - first, GROUP_BYTES * groups
+            for row in range(0, rows, 4):
+                a = x + row * k + first * GROUP
+                e = extras + row * step + first * GROUP_BYTES
+                o = out + 4 * row * out_step
+                left = rows - row
+                if left >= 4:
+                    n4(codes, pairs, count, a, k, e, step, o, out_step)
+                elif left == 3:
+                    n3(codes, pairs, count, a, k, e, step, o, out_step)
+                elif left == 2:
+                    n2(codes, pairs, count, a, k, e, step, o, out_step)
+                else:
+                    n1(codes, pairs, count, a, k, e, step, o, out_step)
+        if part == 0:
+            _add_bias(linear, output, width, out, out_step, rows)
+
+    return block
 
 
 @njit(nogil=True, error_model="numpy")
@@ -132,34 +138,45 @@ def _int8_tail(
             put_f32(out + 4 * (row * out_step + j - output), scale * total)
 
 
-@njit(nogil=True, error_model="numpy")
-def _int8_block(
-    linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
-) -> None:
-    n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
-    groups, parts = (k + GROUP - 1) // GROUP, get_i64(linear + 8 * PARTS)
-    first, last = part * groups // parts, (part + 1) * groups // parts
-    begin, count, step = first * GROUP, min(last * GROUP, k) - first * GROUP, GROUP_BYTES * groups
-    width = min(BLOCK, n - output)
-    tiled = width // _TILE * _TILE
-    for j in range(0, tiled, _TILE):
-        codes = get_i64(linear) + (output + j) * k + begin * _TILE
-        scales = get_i64(linear + 8 * SCALES) + 2 * (output + j)
-        for row in range(0, rows, 4):
-            a, e = x + row * k + begin, extras + row * step + first * GROUP_BYTES
-            o, left = out + 4 * (row * out_step + j), rows - row
-            if left >= 4:
-                _b4(codes, scales, count, a, k, e, step, o, out_step)
-            elif left == 3:
-                _b3(codes, scales, count, a, k, e, step, o, out_step)
-            elif left == 2:
-                _b2(codes, scales, count, a, k, e, step, o, out_step)
-            else:
-                _b1(codes, scales, count, a, k, e, step, o, out_step)
-    if tiled < width:
-        _int8_tail(linear, output + tiled, first, last, x, extras, out + 4 * tiled, out_step, rows)
-    if part == 0:
-        _add_bias(linear, output, width, out, out_step, rows)
+def _int8_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
+    b1, b2, b3, b4 = tiles
+
+    @njit(nogil=True, error_model="numpy")
+    def block(
+        linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
+    ) -> None:
+        n, k = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS)
+        groups, parts = (k + GROUP - 1) // GROUP, get_i64(linear + 8 * PARTS)
+        first, last = part * groups // parts, (part + 1) * groups // parts
+        begin, count, step = first * GROUP, min(last * GROUP, k) - first * GROUP, GROUP_BYTES * groups
+        width = min(BLOCK, n - output)
+        tiled = width // _TILE * _TILE
+        for j in range(0, tiled, _TILE):
+            codes = get_i64(linear) + (output + j) * k + begin * _TILE
+            scales = get_i64(linear + 8 * SCALES) + 2 * (output + j)
+            for row in range(0, rows, 4):
+                a, e = x + row * k + begin, extras + row * step + first * GROUP_BYTES
+                o, left = out + 4 * (row * out_step + j), rows - row
+                if left >= 4:
+                    b4(codes, scales, count, a, k, e, step, o, out_step)
+                elif left == 3:
+                    b3(codes, scales, count, a, k, e, step, o, out_step)
+                elif left == 2:
+                    b2(codes, scales, count, a, k, e, step, o, out_step)
+                else:
+                    b1(codes, scales, count, a, k, e, step, o, out_step)
+        if tiled < width:
+            _int8_tail(linear, output + tiled, first, last, x, extras, out + 4 * tiled, out_step, rows)
+        if part == 0:
+            _add_bias(linear, output, width, out, out_step, rows)
+
+    return block
+
+
+_BLOCKS = {
+    types.uint8: _int4_blocks(int4_tiles.STREAMED), types.uint32: _int4_blocks(int4_tiles.KEPT),
+    types.int8: _int8_blocks(int8_tiles.STREAMED), types.int32: _int8_blocks(int8_tiles.KEPT),
+}  # fmt: skip
 
 
 @njit(nogil=True, error_model="numpy")
@@ -190,7 +207,7 @@ def _row_major_block(
 
 @overload(prepare_rows)
 def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
-    if tag not in (types.uint8, types.int8):
+    if tag not in _BLOCKS:
 
         def same(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
             return x
@@ -210,8 +227,8 @@ def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras:
 def _multiply_block(
     tag: Any, linear: Any, output: Any, part: Any, x: Any, extras: Any, out: Any, out_step: Any, rows: Any
 ) -> Any:
-    if tag in (types.uint8, types.int8):
-        block = _int4_block if tag == types.uint8 else _int8_block
+    if tag in _BLOCKS:
+        block = _BLOCKS[tag]
 
         def multiply(
             tag: Any,

@@ -43,7 +43,7 @@ def execute(
     elif get_i64(control + 8 * COMMAND) == RUN_MATMUL:
         run_matmul(tag, control, own)
     elif get_i64(control + 8 * COMMAND) == RUN_FORWARD:
-        run_forward(tag, kv, kv_size, control, own, rank)
+        run_forward(tag, kv, draft, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_DRAFT:
         run_draft(draft, kv, head, kv_size, control, own, rank)
 

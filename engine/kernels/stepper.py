@@ -48,11 +48,11 @@ class FusedStepper:
         # What a draft step reads most of is its head and, of formats wider than int4, the layers: both are int4 for it
         # wherever they can be.
         self.draft_head_is_int4 = torch_block() is not None and decoder.config.hidden_size % GROUP_SIZE == 0
-        head = "uint8" if self.draft_head_is_int4 else "int8"
+        head = "uint32" if self.draft_head_is_int4 else "int32"
         self.drafts_on_copies = (
             self.draft_head_is_int4 and self._kind != "uint8" and fits_int4(decoder.config)
         )
-        layers = "uint8" if self.drafts_on_copies else self._kind
+        layers = "uint32" if self.drafts_on_copies or self._kind == "uint8" else self._kind
         models = "dense" if decoder.config.experts is None else "experts"
         kinds = Kinds(self._kind, "float32" if self._wide else "uint16", head, layers, models)
         self.team = Team(num_threads, kinds, self.patience)

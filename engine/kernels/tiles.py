@@ -46,7 +46,7 @@ def _dot_tile(rows: int) -> Any:
             row_x = [offset(builder, left, builder.mul(left_step, I64(4 * r))) for r in range(rows)]
             with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (k, _):
                 place = builder.mul(k, I64(signature.args[0].bitwidth // 8))
-                prefetch(builder, offset(builder, base, place, AHEAD))
+                prefetch(builder, offset(builder, base, place, AHEAD), keep=False)
                 weight = widen(builder, base, signature.args[0], k)
                 for r, total in enumerate(result):
                     value = widen(builder, row_x[r], types.float32, k)
