@@ -57,7 +57,8 @@ def bench_tables(folder: Path) -> str:
 def summary(folder: Path) -> str:
     """One table of all ``bench-*.json``: in each weight format the method that drafts most, beside plain decoding."""
     lines = [" | ".join(_SUMMARY), " | ".join("---" for _ in _SUMMARY)]
-    lines += [" | ".join(cells) for path in _reports(folder) for cells in _summary_rows(_read(path))]
+    rows = [cells for path in _reports(folder) for cells in _summary_rows(_read(path))]
+    lines += [" | ".join(cells) for cells in sorted(rows, key=lambda cells: cells[0])]  # by model
     return "\n".join(f"| {line} |" for line in lines) + "\n\n"
 
 
