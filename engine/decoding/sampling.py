@@ -45,6 +45,8 @@ class Sampler:
         self.greedy = params.greedy
         self.seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 63)
         self._random = random.Random(self.seed)
+        # Weights of the whole vocabulary: new memory of that size comes from the system each time, page by page.
+        self._weights: Floats = np.empty(0)
 
     def choose(self, logits: Tensor, history: Sequence[int]) -> int:
         """The next token for ``logits [V]`` after the tokens ``history`` (prompt and answer).
@@ -107,7 +109,9 @@ class Sampler:
     def _kept(self, scores: Floats) -> tuple[Places | None, Floats]:
         """The tokens that may be drawn (None: all, in order) and their weights, of any total."""
         params, size = self.params, len(scores)
-        weights = scores - scores.max()  # so that tiny temperatures stay finite
+        if self._weights.shape != scores.shape or self._weights.dtype != scores.dtype:
+            self._weights = np.empty_like(scores)
+        weights = np.subtract(scores, scores.max(), out=self._weights)  # so that tiny temperatures stay finite
         with np.errstate(over="ignore", invalid="ignore"):
             weights /= params.temperature
         np.exp(weights, out=weights)
