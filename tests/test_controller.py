@@ -151,3 +151,13 @@ def test_a_full_disk_costs_nothing_but_the_memory(tmp_path: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
     save_controller(in_the_way / "kept.json", DepthController())  # a folder that cannot be made
+
+
+def test_plain_steps_of_a_busy_moment_do_not_make_drafts_look_good() -> None:
+    controller = DepthController()
+    for _ in range(9):
+        controller.observe(RoundRecord(False, (), 0, 0, 0.0, 6.7e-3))  # as long as three of the others
+        controller.observe(RoundRecord(True, (0.5,), 1, 0, 0.3e-3, 2.2e-3))
+    assert controller.rate == pytest.approx(1 / 2.2e-3)
+    # what people are shown stays what was measured
+    assert controller.state().plain_seconds == pytest.approx(6.7e-3)

@@ -100,7 +100,7 @@ def test_the_results_in_the_readme_are_those_of_the_reports() -> None:
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text == fill(text, ROOT / "assets" / "results")
-    assert "To plain in the same format" in text
+    assert "tokens a round" in text
 
 
 def test_the_tables_of_the_findings_are_those_of_the_reports() -> None:

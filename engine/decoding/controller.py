@@ -91,6 +91,7 @@ class DepthController:
         self._times: dict[str, deque[float]] = {}
         self._medians: dict[str, float] = {}  # of those: a round asks for them dozens of times
         self._costs: dict[tuple[int, bool], float] = {}  # of verifications, until the next timing
+        self._plain_seconds: float | None = None  # of a plain step, likewise
         self._right = [_PRIOR * (bin_ + 0.5) / _BINS for bin_ in range(_BINS)]
         self._seen = [_PRIOR] * _BINS
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
@@ -207,7 +208,7 @@ class DepthController:
             return False
         self._times, self._right, self._seen = times, right, seen
         self._medians = {name: median(values) for name, values in times.items()}
-        self._costs.clear()
+        self._forget_costs()
         self._next_right, self._next_seen = next_right, next_seen
         self._pause, self._paused = counts
         self._rounds = 0
@@ -268,13 +269,23 @@ class DepthController:
         times = self._times.setdefault(name, deque(maxlen=_SAMPLES))
         times.append(max(seconds, 1e-9))
         self._medians[name] = median(times)
+        self._forget_costs()
+
+    def _forget_costs(self) -> None:
         self._costs.clear()
+        self._plain_seconds = None
 
     def _time(self, name: str) -> float | None:
         return self._medians.get(name)
 
     def _plain(self) -> float:
-        return self._time("plain") or 1.0
+        """Seconds of a plain step. There are few of them, and all may have fallen into a busy moment: passes of more rows
+        bound it."""
+        if self._plain_seconds is None:
+            plain = self._time("plain")
+            more = [self._time(f"verify {drafts}") for drafts in range(1, self.max_drafts + 1)]
+            self._plain_seconds = min([plain, *(time for time in more if time)]) if plain else 1.0
+        return self._plain_seconds
 
     def _draft_step(self) -> float:
         return self._time("draft") or 0.2 * self._plain()

@@ -111,7 +111,9 @@ class Sampler:
         params, size = self.params, len(scores)
         if self._weights.shape != scores.shape or self._weights.dtype != scores.dtype:
             self._weights = np.empty_like(scores)
-        weights = np.subtract(scores, scores.max(), out=self._weights)  # so that tiny temperatures stay finite
+        weights = np.subtract(
+            scores, scores.max(), out=self._weights
+        )  # so that tiny temperatures stay finite
         with np.errstate(over="ignore", invalid="ignore"):
             weights /= params.temperature
         np.exp(weights, out=weights)
