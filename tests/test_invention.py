@@ -52,11 +52,11 @@ def sequences(*turns: list[int]) -> Sequences:
 def test_what_of_its_writing_becomes_a_prompt() -> None:
     good = [10, 11, 12, 13, EOS]
     written = sequences(
-        good, [10, 11, 12, 13, 14], [10, EOS], [10, START, 12, 13, EOS], good, [20, 21, 22, 23, EOS]
+        good, [10, 11, 12, 13, 14], [10, EOS], [10, START, 12, 13, EOS], [20, 21, 22, 23, EOS]
     )
     found = as_prompts(written, Frame((7, 8), (EOS, 30)), {EOS}, {EOS, START})
-    # not: one without an end, one too short, one with a special token inside, one that is there already
-    assert found == [[7, 8, 10, 11, 12, 13, EOS, 30], [7, 8, 20, 21, 22, 23, EOS, 30]]
+    # not: one without an end, one too short, one with a special token inside
+    assert found == [(7, 8, 10, 11, 12, 13, EOS, 30), (7, 8, 20, 21, 22, 23, EOS, 30)]
 
 
 def test_the_text_answers_its_own_prompts_beside_the_others(quick: None, model: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_stopped_while_inventing_it_goes_on_from_what_it_has(
     prompts = tiny.save_prompts(tmp_path / "prompts.jsonl")
     request = small_request(model, prompts, tmp_path / "a.safetensors")
     request = replace(request, data=replace(request.data, num_invented=6))
-    stop = Runner(cancel=_after(3))
+    stop = Runner(cancel=_StopAfter(3))
     with pytest.raises(TuningStoppedError):
         tuning.prepare(request, tmp_path / "work", stop)
     kept = sorted((tmp_path / "work").glob("data-*/invented-*"))
@@ -100,7 +100,9 @@ def test_stopped_while_inventing_it_goes_on_from_what_it_has(
     assert torch.equal(stopped.tokens, undisturbed.tokens)
 
 
-class _after:
+class _StopAfter:
+    """An event that sets itself."""
+
     def __init__(self, shards: int) -> None:
         self._left = shards * 7  # looked at seven times a shard: six legs of sixteen steps, and behind them
 
@@ -109,12 +111,13 @@ class _after:
         return self._left < 0
 
 
-def test_a_model_that_ends_no_turn_is_told_in_a_sentence(
-    quick: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("always", [[], [(1, 300, 2), (1, 301, 2)]], ids=["none", "the same two"])
+def test_a_model_without_new_prompts_is_told_in_a_sentence(
+    always: list[tuple[int, ...]], quick: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning_data, "as_prompts", lambda *_: [])
+    monkeypatch.setattr(tuning_data, "as_prompts", lambda *_: always)
     request = small_request(model, tiny.save_prompts(tmp_path / "p.jsonl"), tmp_path / "a.safetensors")
-    with pytest.raises(TuningError, match="ends no prompt of its own"):
+    with pytest.raises(TuningError, match=f"makes up {len(always)} prompts and no more"):
         tuning.prepare(replace(request, data=replace(request.data, num_invented=5)), tmp_path / "w", Runner())
 
 

@@ -74,14 +74,8 @@ class M2R2Decoding:
         is_first, self._final = self._final is None, hidden[accepted]
 
         ended = perf_counter()
-        record = RoundRecord(
-            len(confidences) > 0,
-            tuple(confidences),
-            len(drafts),
-            accepted,
-            drafted - started,
-            ended - drafted,
-        )
+        times = drafted - started, ended - drafted
+        record = RoundRecord(len(confidences) > 0, tuple(confidences), len(drafts), accepted, *times)
         # The first step behind a prompt finds caches and threads cold and takes half as long again: counted
         # among the plain steps, it would make drafting look better than it is.
         if not is_first:

@@ -42,18 +42,18 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 def as_prompts(
     written: Sequences, frame: Frame, eos_ids: Collection[int], special: Collection[int]
-) -> list[list[int]]:
-    """Chats of the user's turns that were written to an end, each of them once.
+) -> list[tuple[int, ...]]:
+    """Chats of the user's turns that were written to an end.
 
     Args:
         special: ids that no user writes.
     """
-    found: dict[tuple[int, ...], None] = {}
+    found = list[tuple[int, ...]]()
     rows = zip(
         written.tokens.tolist(), written.prompt_lengths.tolist(), written.lengths.tolist(), strict=True
     )
     for ids, begin, end in rows:
         *turn, last = ids[begin:end]
         if last in eos_ids and len(turn) >= _LEAST_TOKENS and not any(index in special for index in turn):
-            found[(*frame.before, *turn, *frame.behind)] = None
-    return [list(ids) for ids in found]
+            found.append((*frame.before, *turn, *frame.behind))
+    return found

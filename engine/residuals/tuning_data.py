@@ -45,7 +45,7 @@ STATE_BYTES = 2  # bfloat16
 _SHARD_FLOPS = 1.2e12
 # Of a GPU's memory for the keys and values of one shard: many rows at once, as their weights are read once for all.
 _CUDA_SHARE, _MAX_CUDA_ROWS = 0.3, 2048
-_FRUITLESS_SHARDS = 8  # a model that has ended no prompt in as many never will
+_FRUITLESS_SHARDS = 8  # a model that has ended no new prompt in as many hardly will
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class DataStages:
     ) -> None:  # fmt: skip
         self._decoder, self._eos_ids, self._prompts = decoder, eos_ids, prompts
         self._config, self._store, self._runner = config, store, runner
+        self._training = prompts.training  # and those invented, once they are there
         self._max_new = min(config.max_new_tokens, context_limit(decoder) // 2 - 16)
         if decoder.device.type == "cpu":
             per_row = 2 * num_weights(decoder) * self._max_new
@@ -150,9 +151,8 @@ class DataStages:
     def generate(self) -> tuple[list[Sequences], Sequences]:
         """The training shards and the held-out text, written as far as they are not there."""
         workers, config = self._runner.workers, self._config
-        self._training = self._prompts.training
         if config.num_invented:
-            more = [*self._training, *self._invent()]
+            more = [*self._prompts.training, *self._invent()]
             order = torch.randperm(len(more), generator=torch.Generator().manual_seed(config.seed))
             self._training = [more[index] for index in order.tolist()]
         shards, meter = list[Sequences](), None
@@ -174,7 +174,7 @@ class DataStages:
         rows are of use shows when they are written."""
         workers, prompts, frame = self._runner.workers, self._prompts, self._prompts.frame
         room = _prompt_limit(self._decoder, self._config) - len(frame.before) - len(frame.behind)
-        found, number, meter = list[list[int]](), 0, None
+        found, number, fruitless, meter = dict[tuple[int, ...], None](), 0, 0, None  # each prompt once
         while len(found) < self._config.num_invented:
             mine = invented_name(number + workers.rank)
             if load_sequences(self._store, mine) is None:
@@ -183,18 +183,20 @@ class DataStages:
                 seed = -1 - self._config.seed * 1_000_003 - number - workers.rank  # none of an answer's
                 self._write(mine, rows, heat, seed, max(1, min(MAX_TOKENS, room)))
             self._check()
+            before = len(found)
             for index in range(number, number + workers.count):
                 written = self._read(invented_name(index))
-                found += as_prompts(written, frame, self._eos_ids, prompts.special)
+                found |= dict.fromkeys(as_prompts(written, frame, self._eos_ids, prompts.special))
             number += workers.count
-            if not found and number >= _FRUITLESS_SHARDS:
+            fruitless = 0 if len(found) > before else fruitless + workers.count
+            if fruitless >= _FRUITLESS_SHARDS:
                 raise TuningError(
-                    "The model ends no prompt of its own: it is no chat model, or not with this template. "
-                    "Tune without invented prompts."
+                    f"The model makes up {len(found)} prompts and no more: it is no chat model, or not with this "
+                    "template. Ask for fewer, or tune without invented prompts."
                 )
             if meter is not None:
                 meter.report(len(found))
-        return found
+        return [list(ids) for ids in found]
 
     def _held_out(self) -> Sequences:
         parts, prompts = list[Sequences](), self._prompts.held_out
