@@ -27,7 +27,7 @@ from engine.kernels.rounding import GROUP, GROUP_BYTES, STEP, SUM, round_row
 _BF16 = np.uint16(0)
 _TILE = int8_tiles.OUTPUTS  # which divides a block
 
-_d1, _d2, _d3, _d4 = tiles.dot_1, tiles.dot_2, tiles.dot_3, tiles.dot_4
+_d1, _d2, _d3, _d4, _d5, _d6, _d7, _d8 = tiles.DOTS
 
 
 def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
@@ -189,18 +189,26 @@ def _row_major_block(
     count, step = last - first, k * size
     base = get_i64(linear) + output * step + first * size
     width = min(BLOCK, n - output)
-    for row in range(0, rows, 4):
+    for row in range(0, rows, tiles.MOST_ROWS):
         a, left = x + 4 * (row * k + first), rows - row
         for j in range(width):
             w, o = base + j * step, out + 4 * (row * out_step + j)
-            if left >= 4:
-                _d4(tag, w, count, a, k, o, out_step)
-            elif left == 3:
-                _d3(tag, w, count, a, k, o, out_step)
+            if left == 1:
+                _d1(tag, w, count, a, k, o, out_step)
             elif left == 2:
                 _d2(tag, w, count, a, k, o, out_step)
+            elif left == 3:
+                _d3(tag, w, count, a, k, o, out_step)
+            elif left == 4:
+                _d4(tag, w, count, a, k, o, out_step)
+            elif left == 5:
+                _d5(tag, w, count, a, k, o, out_step)
+            elif left == 6:
+                _d6(tag, w, count, a, k, o, out_step)
+            elif left == 7:
+                _d7(tag, w, count, a, k, o, out_step)
             else:
-                _d1(tag, w, count, a, k, o, out_step)
+                _d8(tag, w, count, a, k, o, out_step)
     if part == 0:
         _add_bias(linear, output, width, out, out_step, rows)
 

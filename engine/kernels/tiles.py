@@ -27,6 +27,10 @@ from engine.kernels.intrinsics import (
 )  # fmt: skip
 
 
+MOST_ROWS = 8  # of a tile: with two sums each, half of AVX-512's registers
+_SUMS = 2  # of a row, each of every other 16 inputs: a single one would wait for each multiply-add before the next
+
+
 def _dot_tile(rows: int) -> Any:
     """``rows`` rows times one weight row of the type of ``tag``.
 
@@ -40,20 +44,31 @@ def _dot_tile(rows: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _, base, length, left, left_step, target, target_step = args
-            result = [cgutils.alloca_once(builder, VF32) for _ in range(rows)]
-            for total in result:
-                builder.store(constant(0.0), total)
+            result = [[cgutils.alloca_once(builder, VF32) for _ in range(_SUMS)] for _ in range(rows)]
+            for totals in result:
+                for total in totals:
+                    builder.store(constant(0.0), total)
             row_x = [offset(builder, left, builder.mul(left_step, I64(4 * r))) for r in range(rows)]
-            with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (k, _):
-                place = builder.mul(k, I64(signature.args[0].bitwidth // 8))
-                prefetch(builder, offset(builder, base, place, AHEAD), keep=False)
+
+            def add(k: Any, number: int) -> None:
                 weight = widen(builder, base, signature.args[0], k)
-                for r, total in enumerate(result):
-                    value = widen(builder, row_x[r], types.float32, k)
+                for r, totals in enumerate(result):
+                    value, total = widen(builder, row_x[r], types.float32, k), totals[number]
                     builder.store(fma(builder, value, weight, builder.load(total)), total)
-            for r, total in enumerate(result):
+
+            size = signature.args[0].bitwidth // 8
+            whole = builder.and_(length, I64(-LANES * _SUMS))
+            with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES * _SUMS), I64) as (k, _):
+                for line in range(0, LANES * _SUMS * size, 64):
+                    prefetch(builder, offset(builder, base, builder.mul(k, I64(size)), AHEAD + line), keep=False)
+                for number in range(_SUMS):
+                    add(offset(builder, k, LANES * number), number)
+            with cgutils.for_range_slice(builder, whole, length, I64(LANES), I64) as (k, _):
+                add(k, 0)
+            for r, totals in enumerate(result):
                 at = offset(builder, target, builder.mul(target_step, I64(4 * r)))
-                store(builder, reduce_tree(builder, builder.load(total)), at)
+                total = builder.fadd(*(builder.load(each) for each in totals))
+                store(builder, reduce_tree(builder, total), at)
             return context.get_dummy_value()
 
         return types.void(tag, *[types.int64] * 6), codegen
@@ -61,4 +76,4 @@ def _dot_tile(rows: int) -> Any:
     return tile
 
 
-dot_1, dot_2, dot_3, dot_4 = (_dot_tile(rows) for rows in (1, 2, 3, 4))
+DOTS = tuple(_dot_tile(rows) for rows in range(1, MOST_ROWS + 1))
