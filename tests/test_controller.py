@@ -46,7 +46,9 @@ def simulate(
             accepted += 1
         drafting = PLAIN * draft * len(confidences)
         verifying = PLAIN * (1 + row * kept)
-        controller.observe(RoundRecord(drafted, tuple(confidences), kept, accepted, drafting, verifying))
+        outcomes = [(each, place < accepted) for place, each in enumerate(confidences[:kept])][: accepted + 1]
+        times = drafting, verifying
+        controller.observe(RoundRecord(len(confidences), kept, accepted + 1, *times, tuple(outcomes)))
         tokens += accepted + 1
         seconds += drafting + verifying
     return tokens, seconds
@@ -111,7 +113,7 @@ def test_more_drafts_from_elsewhere_than_its_own_are_counted() -> None:
     controller = DepthController(max_drafts=3)
     simulate(controller, 30, chance=0.8, draft=0.2, row=0.05)
     for _ in range(2):
-        controller.observe(RoundRecord(True, (0.9,), 11, 11, 0.1 * PLAIN, 1.3 * PLAIN))
+        controller.observe(RoundRecord(1, 11, 12, 0.1 * PLAIN, 1.3 * PLAIN, ((0.9, True),)))
     assert controller.export()["times"]["verify 11"] == [1.3 * PLAIN] * 2
 
 
@@ -156,8 +158,8 @@ def test_a_full_disk_costs_nothing_but_the_memory(tmp_path: Path) -> None:
 def test_plain_steps_of_a_busy_moment_do_not_make_drafts_look_good() -> None:
     controller = DepthController()
     for _ in range(9):
-        controller.observe(RoundRecord(False, (), 0, 0, 0.0, 6.7e-3))  # as long as three of the others
-        controller.observe(RoundRecord(True, (0.5,), 1, 0, 0.3e-3, 2.2e-3))
+        controller.observe(RoundRecord(0, 0, 1, 0.0, 6.7e-3))  # as long as three of the others
+        controller.observe(RoundRecord(1, 1, 1, 0.3e-3, 2.2e-3, ((0.5, False),)))
     assert controller.rate == pytest.approx(1 / 2.2e-3)
     # what people are shown stays what was measured
     assert controller.state().plain_seconds == pytest.approx(6.7e-3)

@@ -95,8 +95,8 @@ def test_after_each_round_the_cache_has_the_bits_of_a_fresh_prefill(
     assert ids == expected
     assert any(drafted for drafted, _ in rounds) and (luck == 0 or any(accepted for _, accepted in rounds))
     # Only the first round, which has nothing to start from, and the last, which has no room, do not draft.
-    assert sum(not record.drafted for record in controller.records) <= 1
-    assert {len(record.confidences) - record.num_drafts for record in controller.records} == {0, 1}
+    assert sum(not record.num_steps for record in controller.records) <= 1
+    assert {record.num_steps - record.num_drafts for record in controller.records} == {0, 1}
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)

@@ -230,7 +230,7 @@ def test_a_row_that_only_reads_leaves_the_cache_alone() -> None:
     hidden, cache = rows_for(decoder, 2), filled_cache(decoder)
     slow = stepper.run_layers(hidden[:1], cache, 37, 0, 3)
     before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
-    both = stepper.run_rows(hidden, cache, [37, 37], [True, False], 0, 3)
+    both = stepper.run_rows(hidden, cache, [37, 37], [37, -1], 0, 3)
     assert torch.equal(both[:1], slow)
     assert all(torch.equal(a, b) for a, b in zip(before, (*cache.keys, *cache.values), strict=True))
     assert not torch.equal(both[1], both[0])
@@ -366,7 +366,7 @@ def test_a_whole_pass_equals_its_parts(name: str, begun: int, fresh: int) -> Non
         if whole:
             hidden, logits = stepper.forward(ids[7 - fresh :] if fresh else [], cache, rows, 2)
         else:
-            hidden, logits = forward_in_parts(stepper, ids[7 - fresh :] if fresh else [], cache, rows, 2)
+            hidden, logits = forward_in_parts(stepper, ids[7 - fresh :] if fresh else [], cache, rows, 2, ())
         results.append(
             (hidden, logits.clone(), *(keys[:, :, :7].clone() for keys in (*cache.keys, *cache.values)))
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.backend import DecoderBackend
-from engine.decoding.acceptance import accept_chain
+from engine.decoding.acceptance import accept
 from engine.decoding.base import TokenSequence
 from engine.decoding.controller import DepthController
 from engine.decoding.m2r2 import M2R2
@@ -60,15 +60,22 @@ def accelerator(decoder: Decoder, depth: int = 2, rank: int = 8, conditioned: bo
 
 
 class Scripted:
-    """A drafter whose tokens are chosen by the test; everything else is the real one's."""
+    """A drafter whose tokens, and those that it offers beside them, are chosen by the test; everything else is the real
+    one's."""
 
-    def __init__(self, inner: Drafter, choose: Callable[[int], int]) -> None:
-        self._inner, self._choose = inner, choose
+    def __init__(
+        self,
+        inner: Drafter,
+        choose: Callable[[int], int],
+        offer: Callable[[int], Sequence[int]] = lambda place: (),
+    ) -> None:
+        self._inner, self._choose, self._offer = inner, choose, offer
         self.depth, self.stepper = inner.depth, inner.stepper
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
-        real = self._inner.draft(token, state, cache, position)
-        return Draft(self._choose(position + 1), 0.5, real.slow_state, real.exit_state)
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
+        real = self._inner.draft(token, state, cache, position, least)
+        others = tuple((other, 0.2) for other in self._offer(position + 1))
+        return Draft(self._choose(position + 1), 0.5, real.slow_state, real.exit_state, others)
 
 
 def run(
@@ -103,8 +110,8 @@ def run(
     return sequence.ids[len(prompt) :], rounds
 
 
-def fixed(drafter: Drafter, drafts: int) -> M2R2:
-    return M2R2(lambda: drafter, DepthController(max_drafts=8, fixed=drafts))
+def fixed(drafter: Drafter, drafts: int, alternatives: int = 0) -> M2R2:
+    return M2R2(lambda: drafter, DepthController(8, fixed=drafts, fixed_alternatives=alternatives))
 
 
 @pytest.mark.parametrize("drafts", range(9))
@@ -304,7 +311,7 @@ def test_acceptance_follows_the_models_distribution() -> None:
         draws = 20_000
         for _ in range(draws):
             ids = [1]
-            right = accept_chain(logits, [draft], ids, sampler)
+            right = accept(logits, [draft], ids, sampler).num_drafts
             accepted += right
             first[ids[1]] += 1
             if right:
@@ -325,7 +332,7 @@ def test_acceptance_follows_the_models_distribution() -> None:
 def test_greedy_acceptance_table(drafts: list[int], accepted: int, ids: list[int]) -> None:
     logits = torch.eye(4)[[3, 1, 0, 2]][: len(drafts) + 1]
     text = [9]
-    assert accept_chain(logits, drafts, text, Sampler(SamplingParams())) == accepted
+    assert accept(logits, drafts, text, Sampler(SamplingParams())).num_drafts == accepted
     assert text[1:] == ids
 
 

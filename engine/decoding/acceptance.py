@@ -1,4 +1,5 @@
-"""Lossless acceptance of a drafted chain: the model's own choice at each position decides.
+"""Lossless acceptance of drafts, a chain with or without alternatives to its tokens: the model's own choice at each
+position decides.
 
 Drafts are deterministic here (a distribution with all its mass on one token). For those, the rejection
 rule of Leviathan et al. (2023, arXiv 2211.17192) says: accept draft ``x`` with probability ``p(x)``, else
@@ -6,12 +7,15 @@ draw from ``p`` without ``x``, renormalised. Drawing the model's own token from 
 it equals the draft is that same rule, and it has two merits: it works for every sampling setting (the
 sampler sees each row with the history that plain decoding would show it), and it spends exactly one random
 number per produced token. So a seed gives the very text that plain decoding gives, sampled or greedy,
-wherever the rows' logits are bit-identical.
+wherever the rows' logits are bit-identical. It also serves any number of drafts for the same position (a tree, as
+in SpecInfer, Miao et al. 2023, arXiv 2305.09781; ours has no branches longer than one token): the one that the token
+equals is accepted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 from torch import Tensor
@@ -22,27 +26,67 @@ from engine.models.stepper import Stepper
 from engine.requests import Provenance
 
 
-def accept_chain(logits: Tensor, drafts: Sequence[int], ids: list[int], sampler: Sampler) -> int:
-    """Append the model's tokens to ``ids`` until one differs from its draft.
+@dataclass(frozen=True)
+class Alternative:
+    """Another token for the place of the chain's draft number ``place``, counted from 0."""
+
+    token: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What was accepted.
+
+    Attributes:
+        num_in_chain: drafts of the chain.
+        alternative: and one instead of the chain's next.
+        row: of the verification that the last token was chosen in.
+        is_bonus: the last token stands behind an accepted draft that nothing was drafted behind.
+    """
+
+    num_in_chain: int
+    alternative: bool
+    row: int
+    is_bonus: bool
+
+    @property
+    def num_drafts(self) -> int:
+        """All that were accepted."""
+        return self.num_in_chain + self.alternative
+
+
+def accept(
+    logits: Tensor,
+    drafts: Sequence[int],
+    ids: list[int],
+    sampler: Sampler,
+    alternatives: Sequence[Alternative] = (),
+) -> Accepted:
+    """Append the model's tokens to ``ids`` up to one that is not drafted, or follows the last draft.
 
     Args:
-        logits: ``[d + 1, V]``; row ``i`` follows the first ``i`` drafts.
+        logits: ``[d + 1 + a, V]``; row ``i`` follows the first ``i`` drafts, row ``d + 1 + j`` alternative ``j``.
         drafts: ``d`` drafted tokens.
         ids: the sequence before the drafts.
-
-    Returns:
-        How many drafts were accepted; ``ids`` grew by one more, the model's own token.
+        alternatives: ``a`` others.
 
     Raises:
         SlipstreamError: the logits are not finite.
     """
-    for position, draft in enumerate(drafts):
-        token = sampler.choose(logits[position], ids)
+    for place, draft in enumerate(drafts):
+        token = sampler.choose(logits[place], ids)
         ids.append(token)
         if token != draft:
-            return position
-    ids.append(sampler.choose(logits[len(drafts)], ids))
-    return len(drafts)
+            for number, other in enumerate(alternatives):
+                if other.place == place and other.token == token:
+                    row = len(drafts) + 1 + number
+                    ids.append(sampler.choose(logits[row], ids))
+                    return Accepted(place, True, row, True)
+            return Accepted(place, False, place, False)
+    count = len(drafts)
+    ids.append(sampler.choose(logits[count], ids))
+    return Accepted(count, False, count, count > 0)
 
 
 def verify_chain(
@@ -59,16 +103,16 @@ def verify_chain(
     cache, ids = sequence.cache, sequence.ids
     start = cache.length
     hidden, logits = stepper.forward([ids[-1], *drafts], cache)
-    accepted = accept_chain(logits, drafts, ids, sequence.sampler)
-    cache.length = start + accepted + 1
+    accepted = accept(logits, drafts, ids, sequence.sampler)
+    cache.length = start + accepted.num_drafts + 1
     step = round_step(ids[start + 1 :], len(drafts), accepted, 0.0, perf_counter() - started)
-    return accepted, step, hidden[accepted]
+    return accepted.num_drafts, step, hidden[accepted.row]
 
 
 def round_step(
-    tokens: Sequence[int], num_drafts: int, num_accepted: int, draft_seconds: float, verify_seconds: float
+    tokens: Sequence[int], num_drafts: int, accepted: Accepted, draft_seconds: float, verify_seconds: float
 ) -> Step:
-    """The step of a round: ``num_accepted`` drafts and one token of the model's own."""
-    own = Provenance.BONUS if num_drafts and num_accepted == num_drafts else Provenance.VERIFIED
-    provenance = (Provenance.DRAFTED,) * num_accepted + (own,)
-    return Step(tuple(tokens), provenance, num_drafts, num_accepted, draft_seconds, verify_seconds)
+    """The step of a round: the accepted drafts and one token of the model's own."""
+    own = Provenance.BONUS if accepted.is_bonus else Provenance.VERIFIED
+    provenance = (Provenance.DRAFTED,) * accepted.num_drafts + (own,)
+    return Step(tuple(tokens), provenance, num_drafts, accepted.num_drafts, draft_seconds, verify_seconds)

@@ -6,6 +6,8 @@ many rows; and how often drafts of a given confidence were right. From these:
 * a draft is kept if the chance that it and all before it are right is worth more, at the going rate of
   tokens per second, than the row that it adds to the verification;
 * another draft is made if the same holds for it, its own cost included;
+* other tokens that the stream thought likely join the verification as alternatives to drafts, the likeliest first,
+  while each is worth its row;
 * if rounds that draft do not beat plain steps, drafting is switched off for a while, and tried again later.
 
 The output is the same whatever it decides; only the speed differs.
@@ -15,13 +17,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from engine.decoding.acceptance import Alternative
+from engine.decoding.calibration import Calibration, number
+
 MAX_DRAFTS = 7
-_BINS = 8  # of confidence, for calibration
-_PRIOR = 3.0  # observations' worth of trust in the draft's own confidence
+_HIGHEST_OTHER = 0.5  # probability that another token than the likeliest can have
+_OFFERED = 0.5  # of the chance that an alternative needs: its probability may be too modest
+_PRIOR = 3.0  # observations' worth of a guess
 _FADE = 0.998  # per observation: old luck counts less
 _SAMPLES = 9  # timings kept of each kind; their median counts
 _ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
@@ -61,20 +68,23 @@ class SpeculationState:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round as it went: what was drafted, kept and accepted, and what it took, in seconds.
+    """One round as it went: what was drafted and verified, and what it took, in seconds.
 
     Attributes:
-        drafted: a draft step ran.
-        confidences: of each draft step, the dropped last one included.
-        num_drafts: drafts that were verified, those from elsewhere counted in.
+        num_steps: draft steps, that of a dropped last draft included.
+        num_drafts: drafts that were verified: alternatives, and those from elsewhere, counted in.
+        num_tokens: that the round gave.
+        outcomes: for each draft of the stream behind right ones only, its confidence and whether it was right.
+        others: for each other token that the stream offered in their place, likewise.
     """
 
-    drafted: bool
-    confidences: tuple[float, ...]
+    num_steps: int
     num_drafts: int
-    num_accepted: int
+    num_tokens: int
     draft_seconds: float
     verify_seconds: float
+    outcomes: tuple[tuple[float, bool], ...] = ()
+    others: tuple[tuple[float, bool], ...] = ()
 
 
 class DepthController:
@@ -83,17 +93,19 @@ class DepthController:
     Args:
         max_drafts: never draft more.
         fixed: always draft this many (0: never), whatever it costs: for tests and measurements.
+        fixed_alternatives: then verify this many other tokens, if so many are offered.
     """
 
-    def __init__(self, max_drafts: int = MAX_DRAFTS, fixed: int | None = None) -> None:
+    def __init__(
+        self, max_drafts: int = MAX_DRAFTS, fixed: int | None = None, fixed_alternatives: int = 0
+    ) -> None:
         self.max_drafts = max_drafts
-        self._fixed = fixed
+        self._fixed, self._fixed_alternatives = fixed, fixed_alternatives
         self._times: dict[str, deque[float]] = {}
         self._medians: dict[str, float] = {}  # of those: a round asks for them dozens of times
         self._costs: dict[tuple[int, bool], float] = {}  # of verifications, until the next timing
         self._plain_seconds: float | None = None  # of a plain step, likewise
-        self._right = [_PRIOR * (bin_ + 0.5) / _BINS for bin_ in range(_BINS)]
-        self._seen = [_PRIOR] * _BINS
+        self._luck, self._others = Calibration(), Calibration(_HIGHEST_OTHER)
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
         self._rounds = 0
         self._forced: int | None = None
@@ -142,26 +154,68 @@ class DepthController:
         )
         return self.chance(confidences) * self._next_right / self._next_seen > self._rate() * cost
 
+    def least_offer(self, confidences: list[float]) -> float:
+        """The least probability that makes another token than the next draft worth knowing, behind these drafts."""
+        if self._forced is not None:
+            return 0.0 if self._fixed_alternatives else 1.0
+        count = len(confidences) + 1
+        cost = self._verify(count + 1, dropped=False) - self._verify(count, dropped=False)
+        return _OFFERED * self._rate() * cost / self.chance(confidences)
+
+    def alternatives(
+        self,
+        confidences: list[float],
+        offers: Sequence[Sequence[tuple[int, float]]],
+        num_drafts: int,
+        room: int,
+    ) -> tuple[Alternative, ...]:
+        """Which other tokens to verify.
+
+        Args:
+            confidences: of each draft step.
+            offers: for each draft of the stream that was kept, other tokens in its place, with their probabilities.
+            num_drafts: that are verified without them.
+            room: how many more there may be.
+        """
+        found, before = [], 1.0
+        for place, (confidence, others) in enumerate(zip(confidences, offers, strict=False)):
+            found += [
+                (before * self._others.chance(chance), Alternative(token, place)) for token, chance in others
+            ]
+            before *= self._luck.chance(confidence)
+        found.sort(key=lambda each: -each[0])
+        if self._forced is not None:
+            return tuple(each for _, each in found[: min(room, self._fixed_alternatives)])
+        rate, dropped = self._rate() if found else 0.0, len(confidences) > num_drafts
+        for count, (chance, _) in enumerate(found[:room]):
+            cost = self._verify(num_drafts + count + 1, dropped=False)
+            cost -= self._verify(num_drafts + count, dropped and count == 0)
+            if chance <= rate * cost:
+                return tuple(each for _, each in found[:count])
+        return tuple(each for _, each in found[: max(0, room)])
+
     def observe(self, record: RoundRecord) -> None:
         """Learn from a finished round."""
         self._rounds += 1
-        if not record.drafted:
+        if not record.num_steps:
             self._note("plain", record.verify_seconds)
             if self._paused:
                 self._paused -= 1
             return
-        dropped = len(record.confidences) > record.num_drafts
-        expected = self._expected_seconds(record, dropped)
-        self._note("draft", record.draft_seconds / len(record.confidences))
+        dropped = record.num_steps > record.num_drafts
+        expected = record.num_steps * self._draft_step() + self._verify(record.num_drafts, dropped)
+        self._note("draft", record.draft_seconds / record.num_steps)
         self._note(f"{'dropped' if dropped else 'verify'} {record.num_drafts}", record.verify_seconds)
-        for position, confidence in enumerate(record.confidences[: record.num_drafts]):
-            if position > record.num_accepted:
-                break  # behind a wrong draft nothing is known
-            self._learn(confidence, position < record.num_accepted)
+        for confidence, was_right in record.outcomes:
+            self._luck.learn(confidence, was_right)
+            self._next_right = self._next_right * _FADE + was_right
+            self._next_seen = self._next_seen * _FADE + 1
+        for probability, was_right in record.others:
+            self._others.learn(probability, was_right)
         if self._forced is None:
             # A hiccup of the machine says nothing about drafting.
             seconds = min(record.draft_seconds + record.verify_seconds, 2 * expected)
-            self._judge(record.num_accepted + 1, seconds)
+            self._judge(record.num_tokens, seconds)
 
     def state(self) -> SpeculationState:
         """Where things stand; may be called from any thread."""
@@ -175,10 +229,10 @@ class DepthController:
     def export(self) -> dict[str, Any]:
         """Everything learnt, as JSON; the caller keeps it per model and machine."""
         return {
-            "version": 1,
+            "version": 2,
             "times": {name: list(times) for name, times in self._times.items()},
-            "right": self._right,
-            "seen": self._seen,
+            "luck": self._luck.export(),
+            "others": self._others.export(),
             "next": [self._next_right, self._next_seen],
             "pause": self._pause,
             "paused": self._paused,
@@ -192,21 +246,23 @@ class DepthController:
         session's own soon outvote, and the opening schedule measures all of them again.
         """
         try:
-            if state["version"] != 1:
+            if state["version"] != 2:
                 return False
             times = {
-                str(k): deque([median([_number(t) for t in v])], maxlen=_SAMPLES)
+                str(k): deque([median([number(t) for t in v])], maxlen=_SAMPLES)
                 for k, v in state["times"].items()
                 if v
             }
-            right, seen = [_number(x) for x in state["right"]], [_number(x) for x in state["seen"]]
-            next_right, next_seen = (_number(x) for x in state["next"])
-            counts = [int(_number(state[name])) for name in ("pause", "paused")]
-            if len(right) != _BINS or len(seen) != _BINS or min(*seen, next_seen) <= 0:
+            luck, others = Calibration(), Calibration(_HIGHEST_OTHER)
+            luck.restore(state["luck"])
+            others.restore(state["others"])
+            next_right, next_seen = (number(x) for x in state["next"])
+            counts = [int(number(state[name])) for name in ("pause", "paused")]
+            if next_seen <= 0:
                 return False
         except (KeyError, TypeError, ValueError, AttributeError):
             return False
-        self._times, self._right, self._seen = times, right, seen
+        self._times, self._luck, self._others = times, luck, others
         self._medians = {name: median(values) for name, values in times.items()}
         self._forget_costs()
         self._next_right, self._next_seen = next_right, next_seen
@@ -224,16 +280,9 @@ class DepthController:
             return None
         return min(_REFRESHED[self._rounds // _REFRESH % len(_REFRESHED)], self._limit)
 
-    def _learn(self, confidence: float, was_right: bool) -> None:
-        bin_ = _bin(confidence)
-        self._right[bin_] = self._right[bin_] * _FADE + was_right
-        self._seen[bin_] = self._seen[bin_] * _FADE + 1
-        self._next_right = self._next_right * _FADE + was_right
-        self._next_seen = self._next_seen * _FADE + 1
-
     def chance(self, confidences: list[float]) -> float:
         """That all of these drafts are right."""
-        return math.prod(self._right[_bin(c)] / self._seen[_bin(c)] for c in confidences)
+        return math.prod(self._luck.chance(confidence) for confidence in confidences)
 
     def _judge(self, tokens: int, seconds: float) -> None:
         self._tokens += tokens
@@ -261,9 +310,6 @@ class DepthController:
         """Tokens per second that time is worth now: the better of plain and drafting."""
         plain = 1 / self._plain()
         return max(plain, self._tokens / self._seconds) if self._judged >= _EARLY else plain
-
-    def _expected_seconds(self, record: RoundRecord, dropped: bool) -> float:
-        return len(record.confidences) * self._draft_step() + self._verify(record.num_drafts, dropped)
 
     def _note(self, name: str, seconds: float) -> None:
         times = self._times.setdefault(name, deque(maxlen=_SAMPLES))
@@ -311,15 +357,11 @@ class DepthController:
             full = self._plain() if drafts == 0 else self._verify(drafts, dropped=False)
             return max(0.8 * full, full - 0.7 * self._draft_step())
         below = self._verify(drafts - 1, dropped=False) if drafts > 1 else self._plain()
-        return below + _ROW_SHARE * self._plain()
+        return below + self._row_seconds(drafts)
 
-
-def _bin(confidence: float) -> int:
-    return min(_BINS - 1, max(0, int(confidence * _BINS)))
-
-
-def _number(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError(value)
-    return number
+    def _row_seconds(self, drafts: int) -> float:
+        """A guess at what the last of so many further rows costs: as much as those that were measured."""
+        for fewer in range(drafts - 1, 1, -1):
+            if seconds := self._time(f"verify {fewer}"):
+                return max(0.0, seconds - self._plain()) / fewer
+        return _ROW_SHARE * self._plain()

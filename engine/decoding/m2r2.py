@@ -3,12 +3,15 @@
 A round, from the last token ``t`` at position ``L`` (the cache holds ``L`` tokens):
 
 1. Draft, up to ``d`` times: the slow row and the accelerated row of the last token through layers
-   ``[0, k)``; the exit gives the next draft. The slow row's keys, values and state are kept.
+   ``[0, k)``; the exit gives the next draft. The slow row's keys, values and state are kept. Where the exit thought other
+   tokens likely as well, some join as alternatives: leaves of a tree whose trunk the drafts are (our choice).
 2. Verify: all kept slow states through layers ``[k, N)`` in one pass, then the head. (A last draft that was kept has
    the first layers still before it.) A drafter on coarser copies of the layers gives no slow states: then the last
    token and all drafts go through layers ``[0, N)``, which writes the model's own keys and values over the drafter's.
-3. Accept the longest prefix that the model itself would have chosen, and one token of the model's own.
-4. Roll back: the cache's length is set behind the last accepted token.
+3. Accept the longest prefix that the model itself would have chosen, then an alternative, if that is what it would have
+   chosen next, and one token of the model's own.
+4. Roll back: an accepted alternative's keys and values move to its position, and the cache's length is set behind the
+   last accepted token.
 
 Where the text repeats itself, the drafts are taken from the context instead, without any of the first step's work
 (our choice; see :mod:`engine.decoding.context`).
@@ -19,16 +22,37 @@ first draft, the stream's own exit state for the later ones (our choice; see ``e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 
 from torch import Tensor
 
-from engine.decoding.acceptance import accept_chain, round_step, verify_chain
+from engine.decoding.acceptance import accept, round_step, verify_chain
 from engine.decoding.base import Step, TokenSequence
 from engine.decoding.context import ContextDrafter, ContextIndex, Match
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
 from engine.residuals.drafter import Drafter
+
+
+@dataclass
+class _Drafted:
+    """What the stream has drafted in a round.
+
+    Attributes:
+        tokens: the drafts that were kept.
+        slow: the slow states of all fed tokens; none, if the drafter gives none.
+        confidences: of each draft step. The last draft may have been dropped as too unsure; the state of the token before
+            it stays useful.
+        all_tokens: of each draft step, dropped or kept.
+        offers: of each draft step, the other tokens that are likely enough, with their probabilities.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    slow: list[Tensor] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    all_tokens: list[int] = field(default_factory=list)
+    offers: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
 
 class M2R2Decoding:
@@ -60,31 +84,37 @@ class M2R2Decoding:
         cache, ids = sequence.cache, sequence.ids
         start = cache.length
         limit = min(max_tokens, stepper.max_rows) - 1
-        drafts, slow, confidences = self._draft(ids[-1], limit)
-        drafted = perf_counter()
+        drafted = self._draft(ids[-1], limit)
+        drafts, confidences = drafted.tokens, drafted.confidences
+        half_time = perf_counter()
         match, own = Match(), len(drafts)  # of the stream
         if own and own == len(confidences):  # the last draft was kept
             match, more = self._more_from_context(drafts, confidences, limit - own)
             drafts += more
+        num_drafts = len(drafts)
+        offers, room = drafted.offers[:own], limit - num_drafts
+        others = self._controller.alternatives(confidences, offers, num_drafts, room)
 
-        unfed = [ids[-1], *drafts][len(slow) :]
-        hidden, logits = stepper.forward(unfed, cache, slow, self._drafter.depth)
-        accepted = accept_chain(logits, drafts, ids, sequence.sampler)
-        cache.length = start + accepted + 1
-        is_first, self._final = self._final is None, hidden[accepted]
+        unfed = [ids[-1], *drafts, *(each.token for each in others)][len(drafted.slow) :]
+        instead_of = [each.place + 1 for each in others]
+        hidden, logits = stepper.forward(unfed, cache, drafted.slow, self._drafter.depth, instead_of)
+        accepted = accept(logits, drafts, ids, sequence.sampler, others)
+        if accepted.alternative:
+            stepper.copy_slot(cache, start + accepted.row, start + accepted.num_drafts)
+        cache.length = start + accepted.num_drafts + 1
+        is_first, self._final = self._final is None, hidden[accepted.row]
 
         ended = perf_counter()
-        times = drafted - started, ended - drafted
-        record = RoundRecord(len(confidences) > 0, tuple(confidences), len(drafts), accepted, *times)
+        times = half_time - started, ended - half_time
         # The first step behind a prompt finds caches and threads cold and takes half as long again: counted
         # among the plain steps, it would make drafting look better than it is.
         if not is_first:
-            self._controller.observe(record)
+            self._controller.observe(_record(drafted, ids[start + 1 :], num_drafts + len(others), *times))
             if self._context is not None:
                 if not confidences:
                     self._context.note(1, ended - started)
-                self._context.observe(match, len(drafts) - own, accepted - own)
-        return round_step(ids[start + 1 :], len(drafts), accepted, drafted - started, ended - drafted)
+                self._context.observe(match, num_drafts - own, accepted.num_in_chain - own)
+        return round_step(ids[start + 1 :], num_drafts + len(others), accepted, *times)
 
     def _more_from_context(
         self, drafts: list[int], confidences: list[float], limit: int
@@ -111,30 +141,43 @@ class M2R2Decoding:
             context.note(len(drafts) + 1, step.verify_seconds)
         return step
 
-    def _draft(self, token: int, limit: int) -> tuple[list[int], list[Tensor], list[float]]:
-        """Drafted tokens, the slow states of all fed tokens (none, if the drafter gives none), and the confidence of each
-        draft step.
-
-        The last draft may have been dropped as too unsure; the state of the token before it stays useful.
-        """
-        drafts: list[int] = []
-        slow: list[Tensor] = []
-        confidences: list[float] = []
+    def _draft(self, token: int, limit: int) -> _Drafted:
+        """As far as the controller will have it."""
+        found = _Drafted()
         controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
         if self._final is None or not controller.plan(limit):
-            return drafts, slow, confidences
-        state = self._final
+            return found
+        state, branches = self._final, self._stepper.takes_alternatives
         while True:
-            draft = drafter.draft(token, state, cache, cache.length + len(drafts))
+            least = controller.least_offer(found.confidences) if branches else 1.0
+            draft = drafter.draft(token, state, cache, cache.length + len(found.tokens), least)
             if draft.slow_state is not None:
-                slow.append(draft.slow_state)
-            confidences.append(draft.confidence)
-            if not controller.keep(confidences):
-                return drafts, slow, confidences
-            drafts.append(draft.token)
-            if len(drafts) >= limit or not controller.more(confidences):
-                return drafts, slow, confidences
+                found.slow.append(draft.slow_state)
+            found.confidences.append(draft.confidence)
+            found.all_tokens.append(draft.token)
+            found.offers.append(draft.others)
+            if not controller.keep(found.confidences):
+                return found
+            found.tokens.append(draft.token)
+            if len(found.tokens) >= limit or not controller.more(found.confidences):
+                return found
             token, state = draft.token, draft.exit_state
+
+
+def _record(
+    drafted: _Drafted, tokens: Sequence[int], num_drafts: int, draft_seconds: float, verify_seconds: float
+) -> RoundRecord:
+    """For the controller: a round that gave ``tokens``."""
+    outcomes, others = [], []
+    steps = zip(drafted.all_tokens, drafted.confidences, drafted.offers, tokens, strict=False)
+    for draft, confidence, offers, right in steps:
+        outcomes.append((confidence, draft == right))
+        others += [(probability, token == right) for token, probability in offers]
+        if draft != right:
+            break  # behind a wrong draft nothing is known
+    return RoundRecord(
+        len(drafted.confidences), num_drafts, len(tokens), draft_seconds, verify_seconds, tuple(outcomes), tuple(others)
+    )
 
 
 class M2R2:

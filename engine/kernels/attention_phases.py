@@ -3,6 +3,9 @@
 The slots that rows look at are cut into chunks at fixed places, and a task is one chunk for all query heads that share
 its keys and values, of several rows. What it makes of a chunk (the best score, the sum of the weights, the weighted
 values) is joined chunk by chunk, in the same order for a row whatever rows it shares the call with.
+
+A row that is an alternative to another one has the same position, and its key and value in a slot behind all others'.
+It takes them from there where plain decoding finds them at its position, so its bits are the same.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from engine.kernels.control import (
     OWN_QUERIES,
     OWN_ROWS,
     OWN_SCORES,
-    OWN_WRITES,
+    OWN_SLOTS,
     PARTS,
     PHASE,
     Q_NORM,
@@ -119,6 +122,13 @@ def _seen(position: int, window: int, low: int) -> tuple[int, int]:
 
 
 @njit(nogil=True, error_model="numpy")
+def _apart(position: int, slot: int, low: int) -> int:
+    """How many slots behind its position a row's own key and value lie, if the position is in the chunk that begins with
+    slot ``low``; 0 for all but alternatives."""
+    return slot - position if slot >= 0 and low <= position < low + CHUNK else 0
+
+
+@njit(nogil=True, error_model="numpy")
 def _record_bytes(control: int) -> int:
     """Of what a query makes of a chunk. Those of a task lie one behind the other, query by query, and the tasks' too,
     ``[kv heads, chunks, rows, heads of each]``."""
@@ -170,7 +180,8 @@ def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> N
     parts = get_i64(layer + 8 * (QKV + PARTS))
     norm, whole = get_i64(layer + 8 * K_NORM), get_i64(control + 8 * WHOLE_NORM) != 0
     for row in range(rows):
-        if get_i64(get_i64(own + 8 * OWN_WRITES) + 8 * row) == 0:
+        slot = get_i64(get_i64(own + 8 * OWN_SLOTS) + 8 * row)
+        if slot < 0:
             continue
         position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
         factor = np.float32(1.0)
@@ -187,7 +198,7 @@ def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> N
                 _turn(control, scratch, 0 if whole else norm, position)
             else:
                 cache = get_i64(layer + 8 * VALUES)
-            place = (head % kv_heads) * capacity + position
+            place = (head % kv_heads) * capacity + slot
             narrow_row(kv, cache + place * size * kv_size, scratch, size)
 
 
@@ -236,6 +247,7 @@ def _attend_chunk(
     slot = (group * get_i64(control + 8 * CAPACITY) + low) * step
     keys, values = get_i64(layer + 8 * KEYS) + slot, get_i64(layer + 8 * VALUES) + slot
     window, positions = get_i64(layer + 8 * WINDOW), get_i64(own + 8 * OWN_POSITIONS) + 8 * first
+    slots = get_i64(own + 8 * OWN_SLOTS) + 8 * first
     place = (group * get_i64(own + 8 * OWN_ROWS) + first) * each
     queries, scores = get_i64(own + 8 * OWN_QUERIES) + 4 * place * size, get_i64(own + 8 * OWN_SCORES)
     for query in range(0, count * each, TOGETHER):
@@ -243,26 +255,37 @@ def _attend_chunk(
         # What some of these queries see of the chunk, and what all of them do.
         some_begin, some_end, all_begin, all_end = CHUNK, 0, 0, CHUNK
         for one in range(query, query + many):
-            begin, end = _seen(get_i64(positions + 8 * (one // each)), window, low)
+            position, slot = get_i64(positions + 8 * (one // each)), get_i64(slots + 8 * (one // each))
+            begin, end = _seen(position, window, low)
             some_begin, some_end = min(some_begin, begin), max(some_end, end)
-            all_begin, all_end = max(all_begin, begin), min(all_end, end)
+            shared = end - 1 if _apart(position, slot, low) != 0 else end
+            all_begin, all_end = max(all_begin, begin), min(all_end, shared)
         if all_begin >= all_end:
             all_begin, all_end = CHUNK, CHUNK
         _score(kv, many, queries + 4 * query * size, keys, step, some_begin, some_end, size, scores)
         # What not all see is added alone: of a slot that a row does not see not even zero times a value may come.
         for one in range(many):
             weights, record = scores + 4 * one * CHUNK, records + (query + one) * record_bytes
-            begin, end = _seen(get_i64(positions + 8 * ((query + one) // each)), window, low)
+            row = (query + one) // each
+            begin, end = _seen(get_i64(positions + 8 * row), window, low)
+            apart = _apart(get_i64(positions + 8 * row), get_i64(slots + 8 * row), low)
+            if apart != 0:
+                single = queries + 4 * (query + one) * size
+                _score(kv, 1, single, keys + apart * step, step, end - 1, end, size, weights)
             _weigh(weights, begin, end, record)
-            mixed = record + 4 * _HEADER
+            mixed, shared = record + 4 * _HEADER, end - 1 if apart != 0 else end
             fill_row(mixed, _FLOAT32, size)
-            _mix(kv, kv_size, 1, weights, values, begin, min(all_begin, end), size, mixed, 0)
+            _mix(kv, kv_size, 1, weights, values, begin, min(all_begin, shared), size, mixed, 0)
         mixed = records + query * record_bytes + 4 * _HEADER
         _mix(kv, kv_size, many, scores, values, all_begin, all_end, size, mixed, record_bytes)
         for one in range(many):
-            _, end = _seen(get_i64(positions + 8 * ((query + one) // each)), window, low)
+            row = (query + one) // each
+            _, end = _seen(get_i64(positions + 8 * row), window, low)
+            apart = _apart(get_i64(positions + 8 * row), get_i64(slots + 8 * row), low)
             weights, own_mixed = scores + 4 * one * CHUNK, mixed + one * record_bytes
-            _mix(kv, kv_size, 1, weights, values, all_end, end, size, own_mixed, 0)
+            shared = end - 1 if apart != 0 else end
+            _mix(kv, kv_size, 1, weights, values, all_end, shared, size, own_mixed, 0)
+            _mix(kv, kv_size, 1, weights, values + apart * step, shared, end, size, own_mixed, 0)
 
 
 @njit(nogil=True, error_model="numpy")

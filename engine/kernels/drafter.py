@@ -20,7 +20,7 @@ from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
 from engine.residuals.accelerator import Accelerator
-from engine.residuals.drafter import Draft, cut_head, whole_blocks
+from engine.residuals.drafter import MOST_OTHERS, Draft, cut_head, whole_blocks
 
 _CPU = torch.device("cpu")
 
@@ -98,7 +98,7 @@ class FusedDrafter:
             max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
         )
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
         stepper, slot = self.stepper, next(self._slots)
         stepper.follow(cache, position + 1)
         stepper.use_tokens((token,))
@@ -112,12 +112,25 @@ class FusedDrafter:
         best = int(self._logits.argmax())
         confidence = float(stepper.team.control[control.CONFIDENCE :].view(np.float32)[0])
         slow_state = None if stepper.drafts_on_copies else slot.slow_state
-        return Draft(int(self._vocab[best]), confidence, slow_state, slot.exit_state)
+        others = self._others(best, confidence, least)
+        return Draft(int(self._vocab[best]), confidence, slow_state, slot.exit_state, others)
+
+    def _others(self, best: int, confidence: float, least: float) -> tuple[tuple[int, float], ...]:
+        """The tokens behind the best, from probability ``least`` on."""
+        found: list[tuple[int, float]] = []
+        while len(found) < MOST_OTHERS and 1 - confidence > least:
+            self._logits[best] = 0  # powers of e by now
+            best = int(self._logits.argmax())
+            probability = confidence * float(self._logits[best])
+            if probability < least:
+                break
+            found.append((int(self._vocab[best]), probability))
+        return tuple(found)
 
     def _run_dense(self, layers: range, rows: Tensor, slot: _Slot, state: Tensor, position: int) -> None:
         """Neighbouring dense layers, if any, with token and start map before the first layer and the exit behind the
         last; from ``rows``, if there are layers before, into the slot's."""
-        self.stepper.use_positions((position, position), (True, False))
+        self.stepper.use_positions((position, position), (position, -1))
         fields = {
             **self._fields,
             control.FIRST: layers.start,
@@ -132,7 +145,7 @@ class FusedDrafter:
 
     def _run_experts(self, index: int, rows: Tensor, position: int) -> Tensor:
         stepper = cast(FusedExpertStepper, self.stepper)
-        attended = stepper.attend(index, rows, (position, position), (True, False), self._sides[index])
+        attended = stepper.attend(index, rows, (position, position), (position, -1), self._sides[index])
         if stepper.decoder.watch is not None:
             stepper.decoder.watch(index, attended.hidden[None, :1])
         return stepper.feed_forward(index, attended)

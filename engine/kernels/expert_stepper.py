@@ -88,26 +88,31 @@ class FusedExpertStepper(FusedStepper):
         hidden: Tensor,
         cache: KVCache,
         positions: Sequence[int],
-        writes: Sequence[bool],
+        slots: Sequence[int],
         first: int,
         last: int,
     ) -> Tensor:
         index = first
         while index < last:
             if index in self._apart:
-                self.follow(cache, max(positions) + 1)
-                hidden = self._run_apart(index, hidden, positions, writes)
+                self.follow(cache, max(*positions, *slots) + 1)
+                hidden = self._run_apart(index, hidden, positions, slots)
                 index += 1
             else:
                 end = next((i for i in range(index, last) if i in self._apart), last)
-                hidden = super().run_rows(hidden, cache, positions, writes, index, end)
+                hidden = super().run_rows(hidden, cache, positions, slots, index, end)
                 index = end
         return hidden.clone() if first >= last else hidden
 
     def forward(
-        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        begun: Sequence[Tensor] = (),
+        depth: int = 0,
+        instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        return forward_in_parts(self, ids, cache, begun, depth)
+        return forward_in_parts(self, ids, cache, begun, depth, instead_of)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         """Whole chunks go through a layer before the next: each of its experts is loaded once for them."""
@@ -122,7 +127,8 @@ class FusedExpertStepper(FusedStepper):
         start, count = cache.length, rows.shape[0]
         if index in self._apart:
             self.follow(cache, start + count)
-            return self._run_apart(index, rows, range(start, start + count), [True] * count)
+            places = range(start, start + count)
+            return self._run_apart(index, rows, places, places)
         pieces = [
             self.run_layers(piece, cache, start + number * MAX_ROWS, index, index + 1)
             for number, piece in enumerate(rows.split(MAX_ROWS))
@@ -130,10 +136,10 @@ class FusedExpertStepper(FusedStepper):
         return torch.cat(pieces)
 
     def _run_apart(
-        self, index: int, hidden: Tensor, positions: Sequence[int], writes: Sequence[bool]
+        self, index: int, hidden: Tensor, positions: Sequence[int], slots: Sequence[int]
     ) -> Tensor:
         """Layer ``index`` in commands: ``[T, D] -> [T, D]``, any number of rows."""
-        attended = self.attend(index, hidden, positions, writes)
+        attended = self.attend(index, hidden, positions, slots)
         if self.decoder.watch is not None:
             self.decoder.watch(index, attended.hidden[None])
         return self.feed_forward(index, attended)
@@ -143,7 +149,7 @@ class FusedExpertStepper(FusedStepper):
         index: int,
         hidden: Tensor,
         positions: Sequence[int],
-        writes: Sequence[bool],
+        slots: Sequence[int],
         side: Side = _NO_SIDE,
     ) -> Attended:
         """The attention part of layer ``index`` and what its router chooses; of ``hidden [T, D]`` the last rows may be
@@ -167,7 +173,7 @@ class FusedExpertStepper(FusedStepper):
         }
         for begin in range(0, rows, MAX_ROWS):
             count = min(MAX_ROWS, rows - begin)
-            self.use_positions(positions[begin : begin + count], writes[begin : begin + count])
+            self.use_positions(positions[begin : begin + count], slots[begin : begin + count])
             fields[control.ROWS] = count
             fields[control.HIDDEN] = hidden.data_ptr() + 4 * begin * size
             fields[control.OUT] = out[0].data_ptr() + 4 * begin * size

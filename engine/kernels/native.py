@@ -42,10 +42,11 @@ class Kinds:
 @dataclass(frozen=True)
 class Program:
     """The entry points; :func:`engine.kernels.program.native_code` says what they do. ``work`` runs without the
-    interpreter lock; ``publish`` keeps it: it is one instruction, and to have the lock back would take longer."""
+    interpreter lock; the others keep it: they are short, and to have the lock back would take longer."""
 
     work: Callable[[int, int, int], None]  # control block, rank, patience
     publish: Callable[[int], None]  # control block
+    copy_slot: Callable[[int, int, int, int], None]  # control block, layers, source, target
 
 
 @cache
@@ -58,7 +59,9 @@ def load_program(kinds: Kinds) -> Program:
     if objects is None:
         objects = _compile(kinds)
     return Program(
-        _link(*objects["work"], ctypes.CFUNCTYPE, 3), _link(*objects["publish"], ctypes.PYFUNCTYPE, 1)
+        _link(*objects["work"], ctypes.CFUNCTYPE, 3),
+        _link(*objects["publish"], ctypes.PYFUNCTYPE, 1),
+        _link(*objects["copy_slot"], ctypes.PYFUNCTYPE, 4),
     )
 
 

@@ -38,7 +38,7 @@ from engine.kernels.control import (
     OWN_POSITIONS,
     OWN_ROUNDED,
     OWN_ROWS,
-    OWN_WRITES,
+    OWN_SLOTS,
     OWN_X,
     PARTS,
     PARTS_BUFFER,
@@ -46,7 +46,7 @@ from engine.kernels.control import (
     Q_ADAPTER,
     QKV,
     QKV_BUFFER,
-    WRITES,
+    SLOTS,
 )  # fmt: skip
 from engine.kernels.intrinsics import get_f32, get_i64, put_i64
 from engine.kernels.matmul import multiply_block, prepare_rows
@@ -58,7 +58,7 @@ def use_rows(control: int, own: int, first: int, rows: int) -> None:
     """Have the phases that follow work on ``rows`` rows, at the command's positions from number ``first`` on."""
     put_i64(own + 8 * OWN_ROWS, rows)
     put_i64(own + 8 * OWN_POSITIONS, get_i64(control + 8 * POSITIONS) + 8 * first)
-    put_i64(own + 8 * OWN_WRITES, get_i64(control + 8 * WRITES) + 8 * first)
+    put_i64(own + 8 * OWN_SLOTS, get_i64(control + 8 * SLOTS) + 8 * first)
 
 
 @njit(nogil=True, error_model="numpy")

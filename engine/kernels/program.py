@@ -10,7 +10,13 @@ from numba import int64, njit
 
 from engine.kernels.barrier import SPINS
 from engine.kernels.control import (
+    CAPACITY,
     COMMAND,
+    HEAD_DIM,
+    KEYS,
+    KV_HEADS,
+    LAYER_FIELDS,
+    LAYERS,
     RANK_FIELDS,
     RANKS,
     ROWS,
@@ -23,6 +29,7 @@ from engine.kernels.control import (
     SEEN,
     SEQUENCE,
     STOP,
+    VALUES,
 )
 from engine.kernels.draft_phases import run_draft
 from engine.kernels.expert_phases import run_attention, run_experts
@@ -67,6 +74,7 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     ``work(control, rank, patience)``: rank 0 runs the command and returns. A worker runs each new command,
     and returns when none came for ``patience`` spins of about 40 ns; its field ``SEEN`` is then the last
     one's number, or -1 if that was to stop. ``publish(control)`` tells the workers that there is a command.
+    ``copy_slot(control, layers, source, target)`` has the caches of so many layers hold the same in two slots.
     """
     names = (kinds.weights, kinds.cache, kinds.draft_head, kinds.draft_layers)
     tag, kv, head, draft = (np.dtype(name).type(0) for name in names)
@@ -97,10 +105,21 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     def publish(control: int) -> None:
         atomic_add(control + 8 * SEQUENCE, 1)
 
+    def copy_slot(control: int, layers: int, source: int, target: int) -> None:
+        size = get_i64(control + 8 * HEAD_DIM) * kv_size
+        heads, capacity = get_i64(control + 8 * KV_HEADS), get_i64(control + 8 * CAPACITY)
+        for index in range(layers):
+            layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
+            for field in (KEYS, VALUES):
+                for head in range(heads):
+                    first = get_i64(layer + 8 * field) + head * capacity * size
+                    for word in range(0, size, 8):
+                        put_i64(first + target * size + word, get_i64(first + source * size + word))
+
     # Nothing of Python is called, so that the code loads without numba.
     compiler = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
     found = {}
-    for function, arguments in ((work, 3), (publish, 1)):
+    for function, arguments in ((work, 3), (publish, 1), (copy_slot, 4)):
         result = compiler(function)
         result.compile((int64,) * arguments)
         compiled = result.overloads[(int64,) * arguments]

@@ -17,6 +17,7 @@ from engine.kernels.team import PATIENCE, Team
 from engine.models.decoder import Decoder, LayerWeights
 from engine.models.feed_forward import FeedForward
 from engine.models.kv_cache import KVCache
+from engine.models.stepper import row_places
 from engine.quantization.base import Linear
 from engine.quantization.int4_layout import GROUP_SIZE, torch_block
 
@@ -34,6 +35,7 @@ class FusedStepper:
 
     name = "fused"
     max_rows = MAX_ROWS
+    takes_alternatives = True
     patience = PATIENCE
 
     def __init__(self, decoder: Decoder, num_threads: int) -> None:
@@ -75,29 +77,30 @@ class FusedStepper:
 
     def run_layers(self, hidden: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor:
         """Rows ``[T, D]`` at positions ``start ..`` through layers ``first .. last - 1``."""
-        rows = hidden.shape[0]
-        return self.run_rows(hidden, cache, range(start, start + rows), [True] * rows, first, last)
+        places = range(start, start + hidden.shape[0])
+        return self.run_rows(hidden, cache, places, places, first, last)
 
     def run_rows(
         self,
         hidden: Tensor,
         cache: KVCache,
         positions: Sequence[int],
-        writes: Sequence[bool],
+        slots: Sequence[int],
         first: int,
         last: int,
     ) -> Tensor:
-        """As :meth:`run_layers`, with a position for each row and whether it writes its key and value.
+        """As :meth:`run_layers`, with a position for each row and a slot for its key and value; -1: it writes none.
 
-        A row sees all slots up to its own position, those written by this call included.
+        A row sees all slots before its position, those written by this call included, and its own; one without, that at
+        its position.
         """
         rows = self._check_rows(hidden)
-        self.follow(cache, max(positions) + 1)
+        self.follow(cache, max(*positions, *slots) + 1)
         hidden = hidden.detach().to(torch.float32).contiguous()
         if first >= last:  # a command without a barrier would let the caller run ahead of the workers
             return hidden.clone()
         out = torch.empty_like(hidden)
-        self.use_positions(positions, writes)
+        self.use_positions(positions, slots)
         self.team.run(
             control.RUN_LAYERS,
             {
@@ -115,7 +118,12 @@ class FusedStepper:
         return self._multiply(self.decoder.weights.lm_head, hidden, self.final_norm)
 
     def forward(
-        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        begun: Sequence[Tensor] = (),
+        depth: int = 0,
+        instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         """As :class:`engine.models.stepper.Stepper` says, in one command: behind a step that swept the caches, each of
         Python's and torch's own little ones takes tens of microseconds."""
@@ -124,7 +132,7 @@ class FusedStepper:
         self.follow(cache, start + rows)
         self.use_tokens(ids)
         self._begun[: len(begun)] = [row.data_ptr() for row in begun]
-        self.use_positions(range(start, start + rows), (True,) * rows)
+        self.use_positions(*row_places(start, rows, instead_of))
         if rows > self._vocabulary.shape[0]:
             self._vocabulary = torch.empty(rows, head.out_features)
         out = torch.empty(rows, self.decoder.config.hidden_size)
@@ -151,10 +159,14 @@ class FusedStepper:
             self.run_layers(rows, cache, cache.length, 0, self.decoder.config.num_layers)
             cache.length += len(rows)
 
-    def use_positions(self, positions: Sequence[int], writes: Sequence[bool]) -> None:
-        """Where the rows of the next command lie, and which of them write their keys and values."""
+    def copy_slot(self, cache: KVCache, source: int, target: int) -> None:
+        self.follow(cache, cache.length)
+        self.team.copy_slot(len(self._layers), source, target)
+
+    def use_positions(self, positions: Sequence[int], slots: Sequence[int]) -> None:
+        """Where the rows of the next command lie, and where their keys and values go (-1: nowhere)."""
         self._positions[: len(positions)] = positions
-        self._writes[: len(writes)] = writes
+        self._slots[: len(slots)] = slots
 
     def use_tokens(self, ids: Sequence[int]) -> None:
         """The tokens of the next command."""
@@ -228,11 +240,11 @@ class FusedStepper:
         splits = max(self._parts(m) for m in linears)
         wide = max(layer.qkv.out_features for layer in layers)
         mixed, inner = config.num_heads * config.head_dim, config.intermediate_size
-        self._positions, self._writes, self._ids, self._begun = np.zeros((4, MAX_ROWS), np.int64)
+        self._positions, self._slots, self._ids, self._begun = np.zeros((4, MAX_ROWS), np.int64)
         self._buffers: list[np.ndarray] = []
         fields = {
             control.POSITIONS: self._positions.ctypes.data,
-            control.WRITES: self._writes.ctypes.data,
+            control.SLOTS: self._slots.ctypes.data,
             control.IDS: self._ids.ctypes.data,
             control.EMBEDDING: self._embedding.ctypes.data,
             control.LAYERS: self.layers,

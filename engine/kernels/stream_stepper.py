@@ -31,18 +31,18 @@ class FusedStreamStepper(FusedExpertStepper):
         self.reserve_adapters(stream.config.rank)
 
     def _run_apart(
-        self, index: int, hidden: Tensor, positions: Sequence[int], writes: Sequence[bool]
+        self, index: int, hidden: Tensor, positions: Sequence[int], slots: Sequence[int]
     ) -> Tensor:
         decoder, stream, rows = self._streamed, self._streamed.stream, hidden.shape[0]
         if stream.restarts(index):
             decoder.state = hidden[None] if rows <= MOST_ROWS else None
         if decoder.state is None or decoder.state.shape[1] != rows:
             decoder.state = None  # a range that began between two restarts
-            return super()._run_apart(index, hidden, positions, writes)
+            return super()._run_apart(index, hidden, positions, slots)
         attention, feed_forward = (pair.ctypes.data for pair in self._adapters[index])
         side = Side(rows, {control.SIDE_ATTENTION: attention, control.SIDE_FEED_FORWARD: feed_forward})
         both = torch.cat((hidden, decoder.state[0]))
-        attended = self.attend(index, both, [*positions, *positions], [*writes, *[False] * rows], side)
+        attended = self.attend(index, both, [*positions, *positions], [*slots, *[-1] * rows], side)
         decoder.state = attended.hidden[None, rows:]
         if decoder.watch is not None:
             decoder.watch(index, attended.hidden[None, :rows])

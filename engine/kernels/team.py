@@ -52,6 +52,11 @@ class Team:
             self._publish()
             self._program.work(self.address, 0, 0)
 
+    def copy_slot(self, layers: int, source: int, target: int) -> None:
+        """Have the caches of the first ``layers`` layers hold in slot ``target`` what they hold in ``source``."""
+        with self._lock:
+            self._program.copy_slot(self.address, layers, source, target)
+
     def close(self) -> None:
         """Stop the workers."""
         with self._lock:

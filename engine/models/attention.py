@@ -14,7 +14,9 @@ PREFILL_ROWS = 32  # from this many rows on, whole-matrix attention: prefill, wh
 PREFILL_BLOCK = 64  # rows of one attention problem in a prefill, at positions 64 n .. 64 n + 63
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None, slots: Tensor | None = None
+) -> Tensor:
     """Causal grouped-query attention by position.
 
     Args:
@@ -22,15 +24,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | Non
         k, v: ``[B, Hkv, S, hd]``, slot ``s`` holds position ``s``.
         positions: ``[B, T]``.
         window: sliding window in positions, the row itself included; None for full attention.
+        slots: ``[B, T]``, where each row's own key and value are; None: at its position.
 
     Returns:
         ``[B, T, Hq * hd]``.
     """
-    slots = torch.arange(k.shape[2], device=k.device)
-    visible = slots <= positions[..., None]  # [B, T, S]
+    seen = torch.arange(k.shape[2], device=k.device)
+    visible = seen <= positions[..., None]  # [B, T, S]
     if window is not None:
-        visible &= slots > positions[..., None] - window
-    return attend_masked(q, k, v, visible)
+        visible &= seen > positions[..., None] - window
+    if slots is None:
+        return attend_masked(q, k, v, visible)
+    order = seen.expand(visible.shape).scatter(2, positions[..., None], slots[..., None])
+    keys, values = (
+        torch.stack([one[:, rows] for one, rows in zip(part, order, strict=True)]).transpose(1, 2)
+        for part in (k, v)
+    )  # [B, T, Hkv, S, hd]
+    return _attend_each(q, keys, values, visible)
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -50,11 +60,18 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
             q.transpose(1, 2), k, v, attn_mask=visible[:, None], scale=scale, enable_gqa=group > 1
         )
         return out.transpose(1, 2).reshape(batch, rows, q_heads * head_dim)
-    # One problem per (batch, row, kv head): [B*T*Hkv, group, hd] x [B*T*Hkv, hd, S]
-    problems = batch * rows * kv_heads
+    every = (batch, rows, kv_heads, slots, head_dim)
+    return _attend_each(q, k[:, None].expand(every), v[:, None].expand(every), visible)
+
+
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """One problem per (batch, row, kv head), ``[group, hd]`` times ``[hd, S]``; ``k`` and ``v`` are
+    ``[B, T, Hkv, S, hd]``."""
+    batch, rows, q_heads, head_dim = q.shape
+    kv_heads, slots = k.shape[2], k.shape[3]
+    problems, group, scale = batch * rows * kv_heads, q_heads // kv_heads, head_dim**-0.5
     queries = q.view(batch, rows, kv_heads, group, head_dim).reshape(problems, group, head_dim)
-    keys = k[:, None].expand(batch, rows, kv_heads, slots, head_dim).reshape(problems, slots, head_dim)
-    values = v[:, None].expand(batch, rows, kv_heads, slots, head_dim).reshape(problems, slots, head_dim)
+    keys, values = (part.reshape(problems, slots, head_dim) for part in (k, v))
     scores = torch.bmm(queries, keys.transpose(1, 2)).to(_softmax_dtype(q.dtype)) * scale
     hidden = ~visible[:, :, None, None].expand(batch, rows, kv_heads, 1, slots).reshape(problems, 1, slots)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1).to(q.dtype)

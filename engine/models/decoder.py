@@ -70,6 +70,7 @@ class Place:
         cos, sin: of the rotary embedding there.
         num_slots: how many slots of the cache attention looks at.
         start: see :meth:`Decoder.run_layers`.
+        slots: ``[B, T]``, where the rows' keys and values go; None: at their positions.
     """
 
     positions: Tensor
@@ -78,6 +79,7 @@ class Place:
     cache: KVCache
     num_slots: int
     start: int | None = None
+    slots: Tensor | None = None
 
 
 class Decoder:
@@ -128,11 +130,12 @@ class Decoder:
         last: int,
         start: int | None = None,
         num_slots: int | None = None,
+        slots: Tensor | None = None,
     ) -> Tensor:
         """Layers ``first .. last - 1`` on ``hidden [B, T, D]`` at ``positions [B, T]``.
 
-        Keys and values are written into the cache at ``positions`` (ensure room first); each row sees
-        the slots up to its own position. ``cache.length`` is left alone: the caller decides what counts.
+        Keys and values are written into the cache at ``positions``, or in ``slots`` ``[B, T]`` (ensure room first); each
+        row sees the slots before its position, and its own. ``cache.length`` is left alone: the caller decides what counts.
         A prefill of one sequence from position ``start`` on says so, and gets attention that does not
         depend on how the prompt is cut into chunks.
 
@@ -141,9 +144,10 @@ class Decoder:
                 find out waits for a GPU.
         """
         if num_slots is None:
-            num_slots = min(cache.capacity, -(-(int(positions.max()) + 1) // 16) * 16)
+            farthest = int((positions if slots is None else slots).max())
+            num_slots = min(cache.capacity, -(-(farthest + 1) // 16) * 16)
             self.rope.ensure(num_slots)
-        place = Place(positions, *self.rope.rows(positions), cache, num_slots, start)
+        place = Place(positions, *self.rope.rows(positions), cache, num_slots, start, slots)
         for index in range(first, last):
             hidden = self._layer(index, hidden, place)
         return hidden
@@ -192,10 +196,10 @@ class Decoder:
         layer, config, cache, slots = self.layers[index], self.config, place.cache, place.num_slots
         x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
         q, k, v = self.project_qkv(index, x, place.cos, place.sin)
-        write_cache(cache, index, place.positions, k, v)
+        write_cache(cache, index, place.positions if place.slots is None else place.slots, k, v)
         keys, values, window = cache.keys[index], cache.values[index], config.sliding_window(index)
         if place.start is None:
-            mixed = attend(q, keys[:, :, :slots], values[:, :, :slots], place.positions, window)
+            mixed = attend(q, keys[:, :, :slots], values[:, :, :slots], place.positions, window, place.slots)
         else:
             mixed = attend_prefill(q, keys, values, place.start, window)
         return hidden + layer.o(mixed)

@@ -42,6 +42,7 @@ class GraphStepper:
 
     name = "cuda graphs"
     max_rows = 16
+    takes_alternatives = False  # not tried on a GPU yet
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -95,10 +96,30 @@ class GraphStepper:
             self._heads[rows] = Graph(lambda hidden: (self.decoder.logits(hidden),), [hidden], self._pool)
         return self._heads[rows](hidden)[0].clone()
 
+    def run_rows(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        positions: Sequence[int],
+        slots: Sequence[int],
+        first: int,
+        last: int,
+    ) -> Tensor:
+        """Rows that follow one another: there are no alternatives here."""
+        return self.run_layers(hidden, cache, positions[0], first, last)
+
     def forward(
-        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        begun: Sequence[Tensor] = (),
+        depth: int = 0,
+        instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        return forward_in_parts(self, ids, cache, begun, depth)
+        return forward_in_parts(self, ids, cache, begun, depth, instead_of)
+
+    def copy_slot(self, cache: KVCache, source: int, target: int) -> None:
+        cache.copy_slot(source, target)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         cache.ensure(cache.length + len(ids))

@@ -1,7 +1,7 @@
 """Preallocated key/value cache with rollback by position.
 
-Nothing is ever moved or erased: a method that rejects drafted tokens assigns a smaller ``length`` and
-later writes overwrite the rest. Capacity doubles on demand, so a short chat does not pay for an 8k context.
+Nothing is ever erased: a method that rejects drafted tokens assigns a smaller ``length`` and later writes
+overwrite the rest. Capacity doubles on demand, so a short chat does not pay for an 8k context.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class KVCache:
         """
         if num_positions > self.capacity:
             self._allocate(_round_up(max(num_positions, min(2 * self.capacity, self.config.context_length))))
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """What slot ``source`` holds, into slot ``target``."""
+        for part in (*self.keys, *self.values):
+            part[:, :, target] = part[:, :, source]
 
     @property
     def nbytes(self) -> int:

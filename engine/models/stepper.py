@@ -21,6 +21,7 @@ class Stepper(Protocol):
 
     name: str
     max_rows: int
+    takes_alternatives: bool  # rows instead of others, see :meth:`forward`
     decoder: Decoder
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -33,31 +34,71 @@ class Stepper(Protocol):
         """``[T, D] -> [T, V]`` float32."""
 
     def forward(
-        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        begun: Sequence[Tensor] = (),
+        depth: int = 0,
+        instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         """Rows behind the cache's tokens through the whole model: first those that have ``begun``, ``[1, D]`` each, and
         are ``depth`` layers deep already, then those of the tokens ``ids``. The cache's length stays as it is.
+
+        Args:
+            instead_of: the last rows are alternatives to the rows with these numbers: each sees what that one sees, and
+                itself instead of that one. A row's keys and values go behind the cache's as many slots as its number
+                says; an alternative's are moved by :meth:`copy_slot`.
 
         Returns:
             Their final states ``[T, D]`` and logits ``[T, V]``. The logits last until the next call.
         """
 
+    def copy_slot(self, cache: KVCache, source: int, target: int) -> None:
+        """What the cache holds in slot ``source``, into slot ``target``."""
+
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         """Append ``ids`` to the cache."""
 
 
+class RowStepper(Stepper, Protocol):
+    """One whose rows may have any positions."""
+
+    def run_rows(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        positions: Sequence[int],
+        slots: Sequence[int],
+        first: int,
+        last: int,
+    ) -> Tensor:
+        """As :meth:`run_layers`, with a position for each row and a slot for its key and value."""
+
+
+def row_places(start: int, count: int, instead_of: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The positions and the slots of ``count`` rows, as :meth:`Stepper.forward` takes them."""
+    slots = list(range(start, start + count))
+    return slots[: count - len(instead_of)] + [start + row for row in instead_of], slots
+
+
 def forward_in_parts(
-    stepper: Stepper, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor], depth: int
+    stepper: RowStepper,
+    ids: Sequence[int],
+    cache: KVCache,
+    begun: Sequence[Tensor],
+    depth: int,
+    instead_of: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """:meth:`Stepper.forward` made of the stepper's other methods."""
-    start, num_layers = cache.length, stepper.decoder.config.num_layers
+    num_begun, num_layers = len(begun), stepper.decoder.config.num_layers
+    positions, slots = row_places(cache.length, num_begun + len(ids), instead_of)
     rows = list(begun)
     if ids:
-        here = start + len(rows)
-        rows.append(stepper.run_layers(stepper.embed(ids), cache, here, 0, depth if begun else num_layers))
+        fresh, last = stepper.embed(ids), depth if begun else num_layers
+        rows.append(stepper.run_rows(fresh, cache, positions[num_begun:], slots[num_begun:], 0, last))
     hidden = torch.cat(rows)
     if begun:
-        hidden = stepper.run_layers(hidden, cache, start, depth, num_layers)
+        hidden = stepper.run_rows(hidden, cache, positions, slots, depth, num_layers)
     return hidden, stepper.logits(hidden)
 
 
@@ -66,6 +107,7 @@ class TorchStepper:
 
     name = "torch"
     max_rows = 16
+    takes_alternatives = True
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -74,17 +116,38 @@ class TorchStepper:
         return self.decoder.embed(torch.tensor([list(ids)]))[0]
 
     def run_layers(self, hidden: Tensor, cache: KVCache, start: int, first: int, last: int) -> Tensor:
-        cache.ensure(start + hidden.shape[0])
-        positions = torch.arange(start, start + hidden.shape[0], device=hidden.device)[None]
-        return self.decoder.run_layers(hidden[None], positions, cache, first, last)[0]
+        places = range(start, start + hidden.shape[0])
+        return self.run_rows(hidden, cache, places, places, first, last)
+
+    def run_rows(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        positions: Sequence[int],
+        slots: Sequence[int],
+        first: int,
+        last: int,
+    ) -> Tensor:
+        cache.ensure(max(slots) + 1)
+        here, own = (torch.tensor([list(places)], device=hidden.device) for places in (positions, slots))
+        apart = None if list(positions) == list(slots) else own
+        return self.decoder.run_layers(hidden[None], here, cache, first, last, slots=apart)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.decoder.logits(hidden)
 
     def forward(
-        self, ids: Sequence[int], cache: KVCache, begun: Sequence[Tensor] = (), depth: int = 0
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        begun: Sequence[Tensor] = (),
+        depth: int = 0,
+        instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        return forward_in_parts(self, ids, cache, begun, depth)
+        return forward_in_parts(self, ids, cache, begun, depth, instead_of)
+
+    def copy_slot(self, cache: KVCache, source: int, target: int) -> None:
+        cache.copy_slot(source, target)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         self.decoder.prefill(ids, cache)

@@ -38,12 +38,17 @@ class Draft:
         slow_state: ``[1, D]``, the fed token's own state after the draft layers; None: only something near it is known,
             and verification begins before the first layer.
         exit_state: ``[D]``, where the next draft step starts from.
+        others: the next likely tokens, with their probabilities, as far as they were asked for.
     """
 
     token: int
     confidence: float
     slow_state: Tensor | None
     exit_state: Tensor
+    others: tuple[tuple[int, float], ...] = ()
+
+
+MOST_OTHERS = 3  # of a draft
 
 
 class Drafter(Protocol):
@@ -55,12 +60,13 @@ class Drafter(Protocol):
     def stepper(self) -> Stepper:
         """What verification continues on."""
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
         """Feed ``token`` at ``position``: writes the draft layers' keys and values there.
 
         Args:
             state: what is known of the position before, ``[D]``: its final state if it is verified, else the exit state
                 of its draft step.
+            least: the probability from which on other tokens are asked for.
         """
 
 
@@ -76,12 +82,12 @@ class TorchDrafter:
         self._vocab = vocab.tolist()
         self._head = cut_head(decoder, vocab)
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
         cache.ensure(position + 1)
         slots = min(cache.capacity, -(-(position + 1) // 16) * 16)
         self.decoder.rope.ensure(slots)
         here = torch.tensor([[position]], device=self.decoder.device)
-        return self._drafted(*self.compute(self.embed(token), state, here, cache, slots))
+        return self._drafted(*self.compute(self.embed(token), state, here, cache, slots), least)
 
     def embed(self, token: int) -> Tensor:
         """``[1, D]``."""
@@ -97,8 +103,8 @@ class TorchDrafter:
             slots: of the cache that attention looks at.
 
         Returns:
-            The place of the drafted token in the draft vocabulary and its probability, float32 ``[2]``; the slow state
-            ``[1, D]``; the exit state ``[D]``.
+            The places of the likeliest tokens in the draft vocabulary and their probabilities, float32
+            ``[2, 1 + MOST_OTHERS]``; the slow state ``[1, D]``; the exit state ``[D]``.
         """
         decoder, accelerator = self.decoder, self.accelerator
         condition = unit_rms(state, decoder.config.norm_eps)
@@ -108,13 +114,16 @@ class TorchDrafter:
         exit_state = accelerator.finish(decoder, rows[0, 1], condition)
         gain = decoder.weights.final_norm.to(exit_state.dtype)
         logits = self._head((exit_state * gain)[None])[0].float()
-        best = logits.max(dim=-1)
-        confidence = (best.values - logits.logsumexp(-1)).exp()
-        return torch.stack((best.indices.float(), confidence)), rows[0, :1], exit_state
+        best = logits.topk(1 + MOST_OTHERS)
+        chances = (best.values - logits.logsumexp(-1)).exp()
+        return torch.stack((best.indices.float(), chances)), rows[0, :1], exit_state
 
-    def _drafted(self, best: Tensor, slow_state: Tensor, exit_state: Tensor) -> Draft:
-        place, confidence = best.tolist()
-        return Draft(self._vocab[int(place)], confidence, slow_state, exit_state)
+    def _drafted(self, best: Tensor, slow_state: Tensor, exit_state: Tensor, least: float) -> Draft:
+        places, (confidence, *others) = best.tolist()
+        token, *next_tokens = (self._vocab[int(place)] for place in places)
+        likely = zip(next_tokens, others, strict=True)
+        found = tuple((other, chance) for other, chance in likely if chance >= least)
+        return Draft(token, confidence, slow_state, exit_state, found)
 
     def _layer(self, index: int, rows: Tensor, here: Tensor, cache: KVCache, slots: int) -> Tensor:
         decoder, config = self.decoder, self.decoder.config
@@ -153,7 +162,7 @@ class GraphDrafter(TorchDrafter):
         super().__init__(stepper, accelerator)
         self._graphs = stepper
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
         cache.ensure(position + 1)
         slots = self._graphs.num_slots(cache, position + 1)
 
@@ -162,7 +171,7 @@ class GraphDrafter(TorchDrafter):
 
         inputs = self.embed(token), state, position
         best, slow_state, exit_state = self._graphs.run(cache, ("draft", id(self), slots), compute, *inputs)
-        return self._drafted(best, slow_state.clone(), exit_state.clone())
+        return self._drafted(best, slow_state.clone(), exit_state.clone(), least)
 
 
 def whole_blocks(draft_vocab: Tensor) -> Tensor:

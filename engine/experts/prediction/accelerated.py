@@ -46,9 +46,11 @@ class StreamedDecoder(Decoder):
         x = rms_norm(both, layer.attn_norm, config.norm_eps)
         cache, slots, twice = place.cache, place.num_slots, place.positions.repeat(1, 2)
         q, k, v = self.project_qkv(index, x, *self.rope.rows(twice))
-        write_cache(cache, index, place.positions, k[:, :num_rows], v[:, :num_rows])
+        written = place.positions if place.slots is None else place.slots
+        write_cache(cache, index, written, k[:, :num_rows], v[:, :num_rows])
         keys, values = cache.keys[index][:, :, :slots], cache.values[index][:, :, :slots]
-        out = layer.o(attend(q, keys, values, twice, config.sliding_window(index)))
+        own = None if place.slots is None else place.slots.repeat(1, 2)
+        out = layer.o(attend(q, keys, values, twice, config.sliding_window(index), own))
         out[:, num_rows:] += adapters.attention(x[:, num_rows:])
         both = both + out
         self.state = both[:, num_rows:]

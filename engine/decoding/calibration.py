@@ -1,0 +1,64 @@
+"""How often tokens of a given probability under the draft distribution turned out right. All our choice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+_BINS = 8
+_PRIOR = 3.0  # observations' worth of trust in the probability itself
+_FADE = 0.998  # per observation: old luck counts less
+
+
+class Calibration:
+    """Counts by probability.
+
+    Args:
+        highest: the probabilities' upper end.
+    """
+
+    def __init__(self, highest: float = 1.0) -> None:
+        self._width = highest / _BINS
+        self._right = [_PRIOR * (number + 0.5) * self._width for number in range(_BINS)]
+        self._seen = [_PRIOR] * _BINS
+
+    def chance(self, probability: float) -> float:
+        """That a token of this probability is right."""
+        number = self._bin(probability)
+        return self._right[number] / self._seen[number]
+
+    def learn(self, probability: float, was_right: bool) -> None:
+        """Count one."""
+        number = self._bin(probability)
+        self._right[number] = self._right[number] * _FADE + was_right
+        self._seen[number] = self._seen[number] * _FADE + 1
+
+    def export(self) -> list[list[float]]:
+        """Everything learnt, as JSON."""
+        return [list(self._right), list(self._seen)]
+
+    def restore(self, state: Any) -> None:
+        """Take over what :meth:`export` gave.
+
+        Raises:
+            ValueError, TypeError: it is broken.
+        """
+        right, seen = ([number(value) for value in part] for part in state)
+        if len(right) != _BINS or len(seen) != _BINS or min(seen) <= 0:
+            raise ValueError(state)
+        self._right, self._seen = right, seen
+
+    def _bin(self, probability: float) -> int:
+        return min(_BINS - 1, max(0, int(probability / self._width)))
+
+
+def number(value: Any) -> float:
+    """A finite number that is not negative.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    found = float(value)
+    if not math.isfinite(found) or found < 0:
+        raise ValueError(value)
+    return found
