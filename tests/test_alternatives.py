@@ -184,12 +184,11 @@ def test_the_rule_follows_the_models_distribution() -> None:
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, float("-inf")]] * 4)
     expected = logits[0].softmax(-1)[:4].double()
-    sampler = Sampler(SamplingParams(temperature=1.0, seed=11))
     others = (Alternative(0, 0), Alternative(4, 0))
     first, second, draws = torch.zeros(5), torch.zeros(5), 20_000
-    for _ in range(draws):
+    for seed in range(draws):
         ids = [9]
-        accepted = accept(logits, [1], ids, sampler, others)
+        accepted = accept(logits, [1], ids, Sampler(SamplingParams(1.0, seed=seed)), others)
         assert accepted.num_drafts == len(ids) - 2 == (ids[1] in (0, 1))
         first[ids[1]] += 1
         if len(ids) > 2:

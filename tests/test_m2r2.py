@@ -72,8 +72,8 @@ class Scripted:
         self._inner, self._choose, self._offer = inner, choose, offer
         self.depth, self.stepper = inner.depth, inner.stepper
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
-        real = self._inner.draft(token, state, cache, position, least)
+    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, *how: Any) -> Draft:
+        real = self._inner.draft(token, state, cache, position, *how)
         others = tuple((other, 0.2) for other in self._offer(position + 1))
         return Draft(self._choose(position + 1), 0.5, real.slow_state, real.exit_state, others)
 
@@ -305,13 +305,12 @@ def test_acceptance_follows_the_models_distribution() -> None:
 
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, float("-inf")]] * 2)
     expected = logits[0].softmax(-1)[:4].double()
-    sampler = Sampler(SamplingParams(temperature=1.0, seed=11))
     for draft in (0, 3, 4):
         first, second, accepted = torch.zeros(5), torch.zeros(5), 0
         draws = 20_000
-        for _ in range(draws):
+        for seed in range(draws):
             ids = [1]
-            right = accept(logits, [draft], ids, sampler).num_drafts
+            right = accept(logits, [draft], ids, Sampler(SamplingParams(1.0, seed=seed))).num_drafts
             accepted += right
             first[ids[1]] += 1
             if right:

@@ -87,8 +87,8 @@ def test_samples_follow_the_distribution(params: SamplingParams):
     sampler = Sampler(SamplingParams(params.temperature, params.top_k, params.top_p, params.min_p, seed=1))
     expected = sampler.probabilities(logits, [])
     counts = torch.zeros(size)
-    for _ in range(draws):
-        counts[sampler.choose(logits, [])] += 1
+    for position in range(draws):
+        counts[sampler.choose(logits, range(position))] += 1
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
     chi_square = ((counts - draws * expected)[possible] ** 2 / (draws * expected[possible])).sum()
@@ -100,7 +100,7 @@ def test_a_seed_repeats_and_another_does_not():
 
     def draw(seed: int | None) -> list[int]:
         sampler = Sampler(SamplingParams(1.0, seed=seed))
-        return [sampler.choose(logits, []) for _ in range(30)]
+        return [sampler.choose(logits, range(position)) for position in range(30)]
 
     assert draw(5) == draw(5)
     assert draw(5) != draw(6)
@@ -108,22 +108,76 @@ def test_a_seed_repeats_and_another_does_not():
     assert draw(-1) == draw(-1)
 
 
-def test_one_random_number_per_token_whatever_the_filters():
-    """The documented stream: token n of any settings uses uniform number n."""
-    first, second = Sampler(SamplingParams(1.0, seed=9)), Sampler(SamplingParams(0.5, top_k=2, seed=9))
-    logits = torch.randn(50)
-    for _ in range(5):
-        first.choose(logits, [])
-        second.choose(logits, [])
-    assert first.uniform() == second.uniform()
+def test_times_are_exponential_and_independent_of_one_another():
+    """Over tokens, positions and seeds that differ by one."""
+    from scipy.stats import kstest, pearsonr
+
+    tokens = np.arange(2000)
+    times = {
+        (seed, position): Sampler(SamplingParams(1.0, seed=seed)).times(tokens, position)
+        for seed in (0, 1, 2)
+        for position in (0, 1, 2, 64)
+    }
+    for seen in times.values():
+        assert kstest(seen, "expon").pvalue > 1e-3
+        assert abs(pearsonr(seen[1:], seen[:-1]).statistic) < 0.1
+    seen = list(times.values())
+    for number, one in enumerate(seen):
+        assert all(abs(pearsonr(one, other).statistic) < 0.1 for other in seen[:number])
+
+
+def test_the_many_unlikely_tokens_have_their_share():
+    """A vocabulary whose tail, which draws together, weighs as much as its head; and its tokens one as the other."""
+    from scipy.stats import chisquare
+
+    logits = torch.full((40_000,), -14.0)
+    logits[:3] = torch.tensor([0.0, -0.5, -1.5])
+    weights = logits.double().exp()
+    assert 0.01 < weights[3:].sum() / weights.sum() < 0.03
+    logits[3:] += 3.5
+    weights = logits.double().exp()
+    expected = torch.stack((*weights[:3], weights[3:20_000].sum(), weights[20_000:].sum()))
+    sampler, counts, draws = Sampler(SamplingParams(1.0, seed=2)), torch.zeros(5), 4000
+    for position in range(draws):
+        token = sampler.choose(logits, range(position))
+        counts[token if token < 3 else 3 + (token >= 20_000)] += 1
+    assert chisquare(counts, draws * expected / expected.sum()).pvalue > 1e-3
+
+
+def test_a_draft_from_the_models_own_distribution_is_what_the_model_takes():
+    """So that drafts agree as often as the distributions do, at any temperature."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 2
+    weights = (logits - logits.max()).exp().numpy()
+    tokens = np.arange(300)
+    for temperature in (0.7, 1.0, 1.3):
+        sampler, same, taken = Sampler(SamplingParams(temperature, seed=4)), 0, set()
+        for position in range(300):
+            ((draft, chance),) = sampler.rank(tokens, weights, float(weights.sum()), position, 1.0)
+            token = sampler.choose(logits, range(position))
+            same += draft == token
+            taken.add(token)
+            assert 0 < chance <= 1
+        assert same > 260 and len(taken) > 5  # but for tokens that are too unlikely to be drafted
+
+
+def test_ranks_fall_and_end_with_the_least_chance():
+    tokens, weights = np.array([7, 9, 4, 2]), np.array([0.3, 1.0, 0.5, 0.01], np.float32)
+    greedy = Sampler(SamplingParams())
+    assert greedy.rank(tokens, weights.copy(), 2.0, 5, 1.0) == ((9, 0.5),)
+    found = greedy.rank(tokens, weights.copy(), 2.0, 5, 0.2)
+    assert found == ((9, 0.5), (4, 0.25))
+    sampled = Sampler(SamplingParams(1.0, seed=3)).rank(tokens, weights, 2.0, 5, 0.0)
+    assert [token for token, _ in sampled] != [] and 2 not in [token for token, _ in sampled]
+    chances = [chance for _, chance in sampled]
+    assert chances == sorted(chances, reverse=True) and sum(chances) == pytest.approx(1)
 
 
 def test_a_reported_seed_repeats_the_run():
     logits = torch.randn(300)
     unseeded = Sampler(SamplingParams(1.0))
-    tokens = [unseeded.choose(logits, []) for _ in range(20)]
+    tokens = [unseeded.choose(logits, range(position)) for position in range(20)]
     again = Sampler(SamplingParams(1.0, seed=unseeded.seed))
-    assert [again.choose(logits, []) for _ in range(20)] == tokens
+    assert [again.choose(logits, range(position)) for position in range(20)] == tokens
 
 
 def test_greedy_takes_the_lowest_id_of_a_tie():
@@ -148,7 +202,8 @@ def test_tiny_temperature_is_greedy():
 def test_sample_never_takes_an_impossible_token():
     sampler = Sampler(SamplingParams(1.0, seed=0))
     weights = np.array([0.0, 0.5, 0.0, 0.5, 0.0])
-    assert {sampler.sample(weights) for _ in range(200)} == {1, 3}
+    shares = [*np.linspace(0, 1, 200), 0.5 - 1e-17, 1 - 1e-17]
+    assert {sampler.sample(weights, share) for share in shares} == {1, 3}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

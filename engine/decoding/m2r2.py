@@ -147,10 +147,10 @@ class M2R2Decoding:
         controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
         if self._final is None or not controller.plan(limit):
             return found
-        state, branches = self._final, self._stepper.takes_alternatives
+        state, branches, rank = self._final, self._stepper.takes_alternatives, self._sequence.sampler.rank
         while True:
             least = controller.least_offer(found.confidences) if branches else 1.0
-            draft = drafter.draft(token, state, cache, cache.length + len(found.tokens), least)
+            draft = drafter.draft(token, state, cache, cache.length + len(found.tokens), rank, least)
             if draft.slow_state is not None:
                 found.slow.append(draft.slow_state)
             found.confidences.append(draft.confidence)

@@ -4,9 +4,12 @@ Order (transformers' own): repetition penalty, temperature, top-k, top-p, min-p;
 renormalised at the end. The result is a whole distribution, so speculative acceptance can compare the
 target's with the draft's.
 
-Random numbers: one float64 uniform of a generator of its own per sampled token, none for greedy. Plain
-decoding therefore repeats exactly for a seed. A method that draws more numbers per token (rejection
-sampling) repeats for a seed too, but not with plain decoding's text.
+Random numbers: each token of the vocabulary arrives at an exponentially distributed time, and the first one, its time
+divided by its weight, is taken (the Gumbel-max trick: it is drawn with the probability that its weight says). The
+times are a function of seed, position and token, so a seed repeats, and who drafts a token for a position can look at the same times: where the draft distribution resembles the
+model's, the same token then comes first in both, though neither is deterministic. The model's choice does not depend on
+the draft (Daliri, Musco and Suresh 2024, arXiv 2408.07978, call it drafter-invariant): every method gives the same text
+for a seed.
 
 All of it is numpy's work: behind a step that swept the caches, each little operation of torch's takes tens of
 microseconds, and a token of a small model takes two milliseconds.
@@ -15,22 +18,24 @@ microseconds, and a token of a small model takes two milliseconds.
 from __future__ import annotations
 
 import math
-import random
 import secrets
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.ranking import MOST_OTHERS, Floats, Ranked, Tokens, likeliest
 from engine.errors import SlipstreamError
 from engine.requests import SamplingParams
 
-Floats: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-Places: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 _LEAST = (1e-3, 1e-5)  # of the best token's weight: above it lies nearly always as much as top-p asks for
 _BLOCK = 256  # weights that are added up first when one is drawn
+# Tokens from the first weight on draw their own times, the others one together; if those are too many, from the second.
+_ALONE, _FEWER, _MANY = 1e-6, 1e-3, 4096
+_LIKELY = 0.02  # of the best token's weight: others are not drafted
+_WORD = (1 << 64) - 1
+_STEP, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64 (Steele et al. 2014)
 
 
 class Sampler:
@@ -44,7 +49,7 @@ class Sampler:
         self.params = params
         self.greedy = params.greedy
         self.seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 63)
-        self._random = random.Random(self.seed)
+        self._key = _mixed(self.seed)
         # Weights of the whole vocabulary: new memory of that size comes from the system each time, page by page.
         self._weights: Floats = np.empty(0)
 
@@ -57,9 +62,64 @@ class Sampler:
         scores = self._scores(logits, history)
         if self.greedy:
             return _best(scores)
+        position = len(history)
+        if not self._filters:
+            return self._first(scores, position)
         tokens, weights = self._kept(scores)
-        place = self.sample(weights)
-        return place if tokens is None else int(tokens[place])
+        with np.errstate(divide="ignore"):
+            times = self.times(tokens, position) / weights
+        return int(tokens[times.argmin()])
+
+    def rank(self, tokens: Tokens, weights: Floats, total: float, position: int, least: float) -> Ranked:
+        """A :class:`engine.decoding.ranking.Rank`: tokens in the order in which they would arrive if the draft
+        distribution were the model's. The chances are guesses."""
+        if self.greedy:
+            return likeliest(tokens, weights, total, position, least)
+        temperature = self.params.temperature
+        places = np.flatnonzero(weights >= _LIKELY**temperature)
+        likely = tokens[places]
+        speeds = weights[places].astype(np.float64) ** (1 / temperature) / self.times(likely, position)
+        order = speeds.argsort()[::-1][: 1 + MOST_OTHERS]
+        chances = (speeds[order] / speeds.sum()).tolist()
+        ranked = zip(likely[order].tolist(), chances, strict=True)
+        return tuple(each for number, each in enumerate(ranked) if number == 0 or each[1] >= least)
+
+    def times(self, tokens: Tokens, position: int) -> Floats:
+        """When the tokens arrive at a position, exponentially distributed with mean 1: ``[N] -> [N]`` float64."""
+        bits = tokens.astype(np.uint64)
+        bits *= np.uint64(_STEP)
+        bits += np.uint64(_mixed(self._key + position))
+        for shift, factor in zip((30, 27), _MIX, strict=True):
+            bits ^= bits >> np.uint64(shift)
+            bits *= np.uint64(factor)
+        bits ^= bits >> np.uint64(31)
+        return -np.log(((bits >> np.uint64(11)) + 0.5) * 2.0**-53)
+
+    @property
+    def _filters(self) -> bool:
+        params = self.params
+        return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+    def _first(self, scores: Floats, position: int) -> int:
+        """The first of all tokens. The unlikely ones, nearly all, are taken together, and looked at one by one only
+        where one of them can be the first."""
+        temperature, size = self.params.temperature, len(scores)
+        best = _finite(float(scores.max()))
+        for least in (_ALONE, _FEWER):
+            head = np.flatnonzero(scores >= best + temperature * math.log(least))
+            if len(head) <= _MANY:
+                break
+        with np.errstate(over="ignore"):
+            times = self.times(head, position) / np.exp((scores[head].astype(np.float64) - best) / temperature)
+        first = int(times.argmin())
+        others = size - len(head)
+        time = float(self.times(np.array([size]), position)[0])
+        if others and time < times[first] * least * others:
+            weights = self._all_weights(scores)
+            weights[head] = 0
+            if 0 < (mass := _total(weights)) and time < times[first] * mass:
+                return self.sample(weights, math.exp(-float(self.times(np.array([size + 1]), position)[0])))
+        return int(head[first])
 
     def probabilities(self, logits: Tensor, history: Sequence[int]) -> Tensor:
         """The distribution that the next token is drawn from: ``[V]``, same device and dtype, sums to 1.
@@ -72,27 +132,23 @@ class Sampler:
             dense[_best(scores)] = 1
         else:
             tokens, weights = self._kept(scores)
-            dense[slice(None) if tokens is None else tokens] = weights / _total(weights)
+            dense[tokens] = weights / _total(weights)
         return torch.from_numpy(dense).to(logits.device)
 
-    def sample(self, weights: Floats) -> int:
-        """Draw a place in ``weights`` (any positive total): the first whose mass and all before it exceed a random
-        share of the total."""
+    def sample(self, weights: Floats, share: float) -> int:
+        """A place in ``weights`` (any positive total): the first whose mass and all before it exceed that share of the
+        total, from 0 to 1."""
         # Sums of blocks first: adding up one by one what a vocabulary holds takes longer than all the rest.
         blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)).cumsum(dtype=np.float64)
-        target = _finite(float(blocks[-1])) * self.uniform()
+        target = _finite(float(blocks[-1])) * share
         # side="right": the first that exceeds the target, so never one of mass 0
         block = min(int(np.searchsorted(blocks, target, side="right")), len(blocks) - 1)
         before = blocks[block - 1] if block else 0.0
         inner = before + weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
         place = int(np.searchsorted(inner, target, side="right"))
-        if place == len(inner):  # the sums, rounded otherwise, end just below the block's own
-            place = int(np.flatnonzero(inner > (inner[-2:-1] if len(inner) > 1 else before))[-1])
+        if place == len(inner):  # the sums, rounded otherwise, end just below the target
+            return int(np.flatnonzero(weights)[-1])
         return block * _BLOCK + place
-
-    def uniform(self) -> float:
-        """The next random number in [0, 1)."""
-        return self._random.random()
 
     def _scores(self, logits: Tensor, history: Sequence[int]) -> Floats:
         """The logits after the repetition penalty."""
@@ -106,17 +162,20 @@ class Sampler:
         scores[seen] = np.where(values < 0, values * penalty, values / penalty)
         return scores
 
-    def _kept(self, scores: Floats) -> tuple[Places | None, Floats]:
-        """The tokens that may be drawn (None: all, in order) and their weights, of any total."""
-        params, size = self.params, len(scores)
+    def _all_weights(self, scores: Floats) -> Floats:
+        """Of all tokens, the best one's 1; until the next call."""
         if self._weights.shape != scores.shape or self._weights.dtype != scores.dtype:
             self._weights = np.empty_like(scores)
-        weights = np.subtract(
-            scores, scores.max(), out=self._weights
-        )  # so that tiny temperatures stay finite
+        # less the best, so that tiny temperatures stay finite
+        weights = np.subtract(scores, scores.max(), out=self._weights)
         with np.errstate(over="ignore", invalid="ignore"):
-            weights /= params.temperature
-        np.exp(weights, out=weights)
+            weights /= self.params.temperature
+        return np.exp(weights, out=weights)
+
+    def _kept(self, scores: Floats) -> tuple[Tokens, Floats]:
+        """The tokens that may be drawn and their weights, of any total."""
+        params, size = self.params, len(scores)
+        weights = self._all_weights(scores)
         tokens = None
         if 0 < params.top_k < size:
             tokens = np.argpartition(scores, size - params.top_k)[size - params.top_k :]
@@ -128,20 +187,30 @@ class Sampler:
             # Keep the shortest head whose mass reaches top_p: a token stays if the mass before it is below.
             before = weights[tokens].cumsum(dtype=np.float64) - weights[tokens]
             tokens = tokens[before < mass]
-        if tokens is not None:
-            weights = weights[tokens]
+        if tokens is None:
+            _total(weights)
+            tokens = np.arange(size)
+        weights = weights[tokens]
         if params.min_p > 0:
             weights = weights * (weights >= params.min_p * weights.max())
         return tokens, weights
 
 
-def _head(weights: Floats, mass: float) -> Places:
+def _head(weights: Floats, mass: float) -> Tokens:
     """All tokens that weigh at least so much, where they weigh ``mass`` together: sorting few is far quicker."""
     for least in _LEAST:
         tokens = np.flatnonzero(weights >= least)
         if weights[tokens].sum(dtype=np.float64) >= mass:
             return tokens
     return np.arange(len(weights))
+
+
+def _mixed(value: int) -> int:
+    """64 bits that differ in about half of theirs where ``value`` differs in one."""
+    value = (value * _STEP) & _WORD
+    for shift, factor in zip((30, 27), _MIX, strict=True):
+        value = ((value ^ value >> shift) * factor) & _WORD
+    return value ^ value >> 31
 
 
 def _best(scores: Floats) -> int:

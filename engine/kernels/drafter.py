@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.ranking import Rank, likeliest
 from engine.kernels import control
 from engine.kernels.adapters import describe_adapter, int8_map
 from engine.kernels.draft_layers import use_copies
@@ -20,7 +21,7 @@ from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
 from engine.residuals.accelerator import Accelerator
-from engine.residuals.drafter import MOST_OTHERS, Draft, cut_head, whole_blocks
+from engine.residuals.drafter import Draft, cut_head, whole_blocks
 
 _CPU = torch.device("cpu")
 
@@ -80,7 +81,7 @@ class FusedDrafter:
         start = 0
         if accelerator.start is not None:
             start = table.describe(int8_map(accelerator.start)).ctypes.data
-        self._logits = np.zeros(head.out_features, np.float32)
+        self._weights = np.zeros(head.out_features, np.float32)
         size = decoder.config.hidden_size
         self._slots = itertools.cycle([_slot(size) for _ in range(MAX_ROWS)])
         self._exit_map = table.describe(int8_map(accelerator.exit)).ctypes.data
@@ -92,13 +93,21 @@ class FusedDrafter:
             control.START_MAP: start,
             control.DRAFT_HEAD: table.describe(head).ctypes.data,
             control.NO_GAIN: table.vector(torch.ones(size)),
-            control.DRAFT_LOGITS: self._logits.ctypes.data,
+            control.DRAFT_LOGITS: self._weights.ctypes.data,
         }
         stepper.reserve_adapters(
             max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
         )
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
+    def draft(
+        self,
+        token: int,
+        state: Tensor,
+        cache: KVCache,
+        position: int,
+        rank: Rank = likeliest,
+        least: float = 1.0,
+    ) -> Draft:
         stepper, slot = self.stepper, next(self._slots)
         stepper.follow(cache, position + 1)
         stepper.use_tokens((token,))
@@ -109,23 +118,10 @@ class FusedDrafter:
             else:
                 self._run_dense(part, rows, slot, state, position)
                 rows = slot.rows
-        best = int(self._logits.argmax())
         confidence = float(stepper.team.control[control.CONFIDENCE :].view(np.float32)[0])
         slow_state = None if stepper.drafts_on_copies else slot.slow_state
-        others = self._others(best, confidence, least)
-        return Draft(int(self._vocab[best]), confidence, slow_state, slot.exit_state, others)
-
-    def _others(self, best: int, confidence: float, least: float) -> tuple[tuple[int, float], ...]:
-        """The tokens behind the best, from probability ``least`` on."""
-        found: list[tuple[int, float]] = []
-        while len(found) < MOST_OTHERS and 1 - confidence > least:
-            self._logits[best] = 0  # powers of e by now
-            best = int(self._logits.argmax())
-            probability = confidence * float(self._logits[best])
-            if probability < least:
-                break
-            found.append((int(self._vocab[best]), probability))
-        return tuple(found)
+        ranked = rank(self._vocab, self._weights, 1 / confidence, position + 1, least)
+        return Draft(*ranked[0], slow_state, slot.exit_state, ranked[1:])
 
     def _run_dense(self, layers: range, rows: Tensor, slot: _Slot, state: Tensor, position: int) -> None:
         """Neighbouring dense layers, if any, with token and start map before the first layer and the exit behind the

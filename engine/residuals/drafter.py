@@ -11,10 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.decoding.ranking import Rank, Ranked, likeliest
 from engine.models.attention import attend
 from engine.models.decoder import Decoder, rms_norm, write_cache
 from engine.models.feed_forward import MixtureOfExperts
@@ -27,6 +29,8 @@ from engine.quantization.int4 import Int4Format, Int4Linear
 from engine.quantization.int8 import Int8Linear
 from engine.residuals.accelerator import Accelerator, unit_rms
 
+_CANDIDATES = 16  # tokens that may be drafted
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -34,21 +38,20 @@ class Draft:
 
     Attributes:
         token: the drafted token that should follow.
-        confidence: its probability under the draft distribution.
+        confidence: its chance, as the draft distribution has it.
         slow_state: ``[1, D]``, the fed token's own state after the draft layers; None: only something near it is known,
             and verification begins before the first layer.
         exit_state: ``[D]``, where the next draft step starts from.
-        others: the next likely tokens, with their probabilities, as far as they were asked for.
+        others: the next in order, with the chances of each, as far as they were asked for.
     """
 
     token: int
     confidence: float
     slow_state: Tensor | None
     exit_state: Tensor
-    others: tuple[tuple[int, float], ...] = ()
+    others: Ranked = ()
 
 
-MOST_OTHERS = 3  # of a draft
 
 
 class Drafter(Protocol):
@@ -60,13 +63,22 @@ class Drafter(Protocol):
     def stepper(self) -> Stepper:
         """What verification continues on."""
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
+    def draft(
+        self,
+        token: int,
+        state: Tensor,
+        cache: KVCache,
+        position: int,
+        rank: Rank = likeliest,
+        least: float = 1.0,
+    ) -> Draft:
         """Feed ``token`` at ``position``: writes the draft layers' keys and values there.
 
         Args:
             state: what is known of the position before, ``[D]``: its final state if it is verified, else the exit state
                 of its draft step.
-            least: the probability from which on other tokens are asked for.
+            rank: which token to draft.
+            least: the chance from which on other tokens are asked for.
         """
 
 
@@ -79,15 +91,24 @@ class TorchDrafter:
         self.accelerator = accelerator.to(decoder.device, decoder.dtype).requires_grad_(False)
         self.depth = accelerator.config.depth
         vocab = whole_blocks(accelerator.draft_vocab)
-        self._vocab = vocab.tolist()
+        self._vocab = vocab.numpy()
         self._head = cut_head(decoder, vocab)
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
+    def draft(
+        self,
+        token: int,
+        state: Tensor,
+        cache: KVCache,
+        position: int,
+        rank: Rank = likeliest,
+        least: float = 1.0,
+    ) -> Draft:
         cache.ensure(position + 1)
         slots = min(cache.capacity, -(-(position + 1) // 16) * 16)
         self.decoder.rope.ensure(slots)
         here = torch.tensor([[position]], device=self.decoder.device)
-        return self._drafted(*self.compute(self.embed(token), state, here, cache, slots), least)
+        best, *states = self.compute(self.embed(token), state, here, cache, slots)
+        return self._drafted(best, *states, position + 1, rank, least)
 
     def embed(self, token: int) -> Tensor:
         """``[1, D]``."""
@@ -103,8 +124,8 @@ class TorchDrafter:
             slots: of the cache that attention looks at.
 
         Returns:
-            The places of the likeliest tokens in the draft vocabulary and their probabilities, float32
-            ``[2, 1 + MOST_OTHERS]``; the slow state ``[1, D]``; the exit state ``[D]``.
+            The places of the likeliest tokens in the draft vocabulary, their weights (the first one's 1) and all tokens'
+            total weight, float32 ``[2 n + 1]``; the slow state ``[1, D]``; the exit state ``[D]``.
         """
         decoder, accelerator = self.decoder, self.accelerator
         condition = unit_rms(state, decoder.config.norm_eps)
@@ -114,16 +135,20 @@ class TorchDrafter:
         exit_state = accelerator.finish(decoder, rows[0, 1], condition)
         gain = decoder.weights.final_norm.to(exit_state.dtype)
         logits = self._head((exit_state * gain)[None])[0].float()
-        best = logits.topk(1 + MOST_OTHERS)
-        chances = (best.values - logits.logsumexp(-1)).exp()
-        return torch.stack((best.indices.float(), chances)), rows[0, :1], exit_state
+        best = logits.topk(_CANDIDATES)
+        weights = (best.values - best.values[0]).exp()
+        total = (logits - best.values[0]).exp().sum(0, keepdim=True)
+        return torch.cat((best.indices.float(), weights, total)), rows[0, :1], exit_state
 
-    def _drafted(self, best: Tensor, slow_state: Tensor, exit_state: Tensor, least: float) -> Draft:
-        places, (confidence, *others) = best.tolist()
-        token, *next_tokens = (self._vocab[int(place)] for place in places)
-        likely = zip(next_tokens, others, strict=True)
-        found = tuple((other, chance) for other, chance in likely if chance >= least)
-        return Draft(token, confidence, slow_state, exit_state, found)
+    def _drafted(
+        self, best: Tensor, slow_state: Tensor, exit_state: Tensor, position: int, rank: Rank, least: float
+    ) -> Draft:
+        found = best.cpu().numpy()
+        tokens = self._vocab[found[:_CANDIDATES].astype(np.int64)]
+        (token, confidence), *others = rank(
+            tokens, found[_CANDIDATES:-1], float(found[-1]), position, least
+        )
+        return Draft(token, confidence, slow_state, exit_state, tuple(others))
 
     def _layer(self, index: int, rows: Tensor, here: Tensor, cache: KVCache, slots: int) -> Tensor:
         decoder, config = self.decoder, self.decoder.config
@@ -162,7 +187,15 @@ class GraphDrafter(TorchDrafter):
         super().__init__(stepper, accelerator)
         self._graphs = stepper
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int, least: float = 1.0) -> Draft:
+    def draft(
+        self,
+        token: int,
+        state: Tensor,
+        cache: KVCache,
+        position: int,
+        rank: Rank = likeliest,
+        least: float = 1.0,
+    ) -> Draft:
         cache.ensure(position + 1)
         slots = self._graphs.num_slots(cache, position + 1)
 
@@ -171,7 +204,7 @@ class GraphDrafter(TorchDrafter):
 
         inputs = self.embed(token), state, position
         best, slow_state, exit_state = self._graphs.run(cache, ("draft", id(self), slots), compute, *inputs)
-        return self._drafted(best, slow_state.clone(), exit_state.clone(), least)
+        return self._drafted(best, slow_state.clone(), exit_state.clone(), position + 1, rank, least)
 
 
 def whole_blocks(draft_vocab: Tensor) -> Tensor:
