@@ -118,6 +118,8 @@ def test_times_are_exponential_and_independent_of_one_another():
         for seed in (0, 1, 2)
         for position in (0, 1, 2, 64)
     }
+    one = Sampler(SamplingParams(1.0, seed=1))
+    assert [one._time(token, 64) for token in (0, 1, 7, 1999)] == pytest.approx(times[1, 64][[0, 1, 7, 1999]])
     for seen in times.values():
         assert kstest(seen, "expon").pvalue > 1e-3
         assert abs(pearsonr(seen[1:], seen[:-1]).statistic) < 0.1

@@ -31,6 +31,7 @@ _OFFERED = 0.5  # of the chance that an alternative needs: its probability may b
 _PRIOR = 3.0  # observations' worth of a guess
 _FADE = 0.998  # per observation: old luck counts less
 _SAMPLES = 9  # timings kept of each kind; their median counts
+_YOUNG, _STEADY = 64, 8  # from that round on costs are added up anew every so many rounds only
 _ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
 # Forced numbers of drafts at first, so that every cost is known; the first of each kind may be cold.
 _SCHEDULE = (0, 1, 0, 1, 2, 3, 0, 2, 3, 1)
@@ -103,7 +104,7 @@ class DepthController:
         self._fixed, self._fixed_alternatives = fixed, fixed_alternatives
         self._times: dict[str, deque[float]] = {}
         self._medians: dict[str, float] = {}  # of those: a round asks for them dozens of times
-        self._costs: dict[tuple[int, bool], float] = {}  # of verifications, until the next timing
+        self._costs: dict[tuple[int, bool], float] = {}  # of verifications, until they are added up anew
         self._plain_seconds: float | None = None  # of a plain step, likewise
         self._luck, self._others = Calibration(), Calibration(_HIGHEST_OTHER)
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
@@ -314,8 +315,9 @@ class DepthController:
     def _note(self, name: str, seconds: float) -> None:
         times = self._times.setdefault(name, deque(maxlen=_SAMPLES))
         times.append(max(seconds, 1e-9))
-        self._medians[name] = median(times)
-        self._forget_costs()
+        self._medians[name] = sorted(times)[len(times) // 2]
+        if self._rounds < _YOUNG or self._rounds % _STEADY == 0:
+            self._forget_costs()
 
     def _forget_costs(self) -> None:
         self._costs.clear()

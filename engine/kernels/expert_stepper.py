@@ -69,7 +69,7 @@ class FusedExpertStepper(FusedStepper):
     """A :class:`FusedStepper` that runs layers with experts one by one: their attention part in one command, and the
     experts in as many as it takes until all of them are in memory."""
 
-    patience = 100_000  # about 4 ms: to wake a worker up behind every load that is waited for takes as long as the load
+    patience = 100_000  # about 2.5 ms: to wake a worker up behind every load that is waited for takes as long as the load
 
     def __init__(self, decoder: Decoder, num_threads: int) -> None:
         layers = range(decoder.config.num_layers)

@@ -72,7 +72,7 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     """The entry points for ``kinds``, compiled for this CPU: of each its symbol and its object file.
 
     ``work(control, rank, patience)``: rank 0 runs the command and returns. A worker runs each new command,
-    and returns when none came for ``patience`` spins of about 40 ns; its field ``SEEN`` is then the last
+    and returns when none came for ``patience`` spins of about 25 ns; its field ``SEEN`` is then the last
     one's number, or -1 if that was to stop. ``publish(control)`` tells the workers that there is a command.
     ``copy_slot(control, layers, source, target)`` has the caches of so many layers hold the same in two slots.
     """

@@ -64,6 +64,7 @@ class FusedStepper:
             self._describe_layer(index, layer)
         self.final_norm = self.table.vector(decoder.weights.final_norm)
         self._vocabulary = torch.empty(0, decoder.weights.lm_head.out_features)  # logits
+        self._head = self.table.describe(decoder.weights.lm_head).ctypes.data
         self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
         self._rope_seen = -1
         self._record_slots = self._adapter_rank = 0
@@ -128,13 +129,13 @@ class FusedStepper:
         """As :class:`engine.models.stepper.Stepper` says, in one command: behind a step that swept the caches, each of
         Python's and torch's own little ones takes tens of microseconds."""
         rows = self._check_count(len(begun) + len(ids))
-        start, head = cache.length, self.decoder.weights.lm_head
-        self.follow(cache, start + rows)
+        self.follow(cache, cache.length + rows)
         self.use_tokens(ids)
-        self._begun[: len(begun)] = [row.data_ptr() for row in begun]
-        self.use_positions(*row_places(start, rows, instead_of))
+        for place, row in enumerate(begun):
+            self._begun[place] = row.data_ptr()
+        self.use_positions(*row_places(cache.length, rows, instead_of))
         if rows > self._vocabulary.shape[0]:
-            self._vocabulary = torch.empty(rows, head.out_features)
+            self._vocabulary = torch.empty(rows, self._vocabulary.shape[1])
         out = torch.empty(rows, self.decoder.config.hidden_size)
         self.team.run(
             control.RUN_FORWARD,
@@ -143,10 +144,10 @@ class FusedStepper:
                 control.BEGUN: len(begun),
                 control.FIRST: depth,
                 control.LAST: len(self._layers),
-                control.HIDDEN: self._begun.ctypes.data,
+                control.HIDDEN: self._begun_address,
                 control.OUT: out.data_ptr(),
                 control.NORM: self.final_norm,
-                control.LINEAR: self.table.describe(head).ctypes.data,
+                control.LINEAR: self._head,
                 control.LOGITS: self._vocabulary.data_ptr(),
             },
         )
@@ -165,12 +166,13 @@ class FusedStepper:
 
     def use_positions(self, positions: Sequence[int], slots: Sequence[int]) -> None:
         """Where the rows of the next command lie, and where their keys and values go (-1: nowhere)."""
-        self._positions[: len(positions)] = positions
-        self._slots[: len(slots)] = slots
+        for row, (position, slot) in enumerate(zip(positions, slots, strict=True)):
+            self._positions[row], self._slots[row] = position, slot
 
     def use_tokens(self, ids: Sequence[int]) -> None:
         """The tokens of the next command."""
-        self._ids[: len(ids)] = ids
+        for row, token in enumerate(ids):
+            self._ids[row] = token
 
     def matmul(self, linear: Linear, x: Tensor) -> Tensor:
         """``x [T, K] -> [T, N]`` float32, for any linear of this decoder's weight format, such as a cut head."""
@@ -240,12 +242,15 @@ class FusedStepper:
         splits = max(self._parts(m) for m in linears)
         wide = max(layer.qkv.out_features for layer in layers)
         mixed, inner = config.num_heads * config.head_dim, config.intermediate_size
-        self._positions, self._slots, self._ids, self._begun = np.zeros((4, MAX_ROWS), np.int64)
+        # Written through memoryviews, a number at a time: for a few numbers numpy takes longer.
+        places = np.zeros((4, MAX_ROWS), np.int64)
+        self._positions, self._slots, self._ids, self._begun = (memoryview(row) for row in places)
+        positions, slots, tokens, self._begun_address = (row.ctypes.data for row in places)
         self._buffers: list[np.ndarray] = []
         fields = {
-            control.POSITIONS: self._positions.ctypes.data,
-            control.SLOTS: self._slots.ctypes.data,
-            control.IDS: self._ids.ctypes.data,
+            control.POSITIONS: positions,
+            control.SLOTS: slots,
+            control.IDS: tokens,
             control.EMBEDDING: self._embedding.ctypes.data,
             control.LAYERS: self.layers,
             control.HIDDEN_SIZE: config.hidden_size,

@@ -1,7 +1,6 @@
 """The threads that run kernels: the caller as rank 0 and persistent workers.
 
-Between two commands a worker spins for a fraction of a millisecond, so that consecutive decoding steps
-find it awake, and then sleeps on an event: an idle app uses no CPU.
+Between two commands a worker spins for a millisecond, so that consecutive decoding steps find it awake, and then sleeps on an event: an idle app uses no CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from engine.kernels import control as fields
 from engine.kernels.native import Kinds, Program, load_program
 
-PATIENCE = 8000  # spins before a worker sleeps, about 0.3 ms
+PATIENCE = 40_000  # spins before a worker sleeps, about 1 ms: as long as choosing tokens and showing them may take
 _teams: weakref.WeakSet[Team] = weakref.WeakSet()
 
 
@@ -27,13 +26,14 @@ class Team:
     Building one compiles its program where that is not on the disk yet.
 
     Args:
-        patience: spins of about 40 ns, after which a worker without a command sleeps.
+        patience: spins of about 25 ns, after which a worker without a command sleeps.
     """
 
     def __init__(self, num_threads: int, kinds: Kinds, patience: int = PATIENCE) -> None:
         self.num_threads, self._patience = num_threads, patience
         self.control = np.zeros(fields.RANKS + fields.RANK_FIELDS * num_threads, np.int64)
         self.address = self.control.ctypes.data
+        self._fields = memoryview(self.control)  # of single fields it takes values sooner
         self.control[fields.THREADS] = num_threads
         self._program = load_program(kinds)
         self._lock = threading.Lock()
@@ -45,7 +45,7 @@ class Team:
         """Fill the control block and run ``command`` on all threads; returns when it is done."""
         with self._lock:
             self._start_workers()
-            control = self.control
+            control = self._fields
             for field, value in values.items():
                 control[field] = value
             control[fields.COMMAND] = command
