@@ -14,6 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from engine.kernels.tiles import has_pairs
 from engine.kernels import control, fused_unavailable, make_fused_stepper
 from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.adapters import describe_adapter
@@ -83,9 +84,12 @@ def make_decoder(weight_format: str, num_layers: int = 3, **changes: Any) -> Dec
 
 
 def exact(linear: Any, x: Tensor) -> Tensor:
-    """``x`` times the unpacked weights in float64; integer weights have their inputs rounded to 8 bits first."""
+    """``x`` times the unpacked weights in float64; integer weights have their inputs rounded to 8 bits first, bfloat16
+    ones to bfloat16, where pairs of it are multiplied."""
     if isinstance(linear, Tileable):
         x = torch.cat([rounded(group) for group in x.float().split(32, dim=-1)], dim=-1)
+    elif has_pairs() and linear.weight.dtype == torch.bfloat16:
+        x = x.float().bfloat16()
     return x.double() @ linear.dequantize().double().T
 
 

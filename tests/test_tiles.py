@@ -17,7 +17,9 @@ from engine.kernels.attention_tiles import mix_tile, score_tile
 from engine.kernels.byte_dots import SMALL, WHOLE, ByteDots, available
 from engine.kernels.int4_tiles import int4_tile
 from engine.kernels.int8_tiles import int8_tile
+from engine.kernels.native import register_symbols
 from engine.kernels.rounding import round_row
+from engine.kernels.tiles import DOTS, MOST_ROWS, PAIRS, has_pairs
 from engine.quantization.int8_layout import tile
 
 
@@ -95,6 +97,42 @@ def test_every_instruction_gives_the_same_bits_with_int8(name: str, rows: int, i
     wanted = exact @ (weight.double() * scales.double()[:, None]).T
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
     assert torch.equal(got, plain)
+
+
+@cache
+def compiled_dots(pairs: bool, rows: int, dtype: torch.dtype) -> Any:
+    made = (PAIRS if pairs else DOTS)[rows - 1]
+    tag = np.float32(0) if dtype == torch.float32 else np.uint16(0)
+
+    @njit
+    def run(weights: int, count: int, x: int, out: int) -> None:
+        made(tag, weights, count, x, count, out, 3)
+
+    return run
+
+
+@pytest.mark.parametrize("count", [16, 32, 48, 64, 112, 576])
+@pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_rows_that_share_a_tile_have_the_bits_of_one_alone(
+    dtype: torch.dtype, pairs: bool, count: int
+) -> None:
+    if pairs and not has_pairs():
+        pytest.skip("this processor multiplies no pairs of bfloat16")
+    register_symbols()
+    generator = torch.Generator().manual_seed(count)
+    weight = torch.randn(count, generator=generator).to(dtype)
+    x = torch.randn(MOST_ROWS, count, generator=generator)
+    x = x.bfloat16() if pairs else x
+    wanted = x.double() @ weight.double()
+    for rows in range(1, MOST_ROWS + 1):
+        together, alone = torch.full((rows, 3), 7.0), torch.full((rows, 3), 7.0)
+        compiled_dots(pairs, rows, dtype)(weight.data_ptr(), count, x.data_ptr(), together.data_ptr())
+        for row in range(rows):
+            compiled_dots(pairs, 1, dtype)(
+                weight.data_ptr(), count, x[row].data_ptr(), alone[row].data_ptr()
+            )
+        assert torch.equal(together, alone) and (together[:, 1:] == 7).all()
+        torch.testing.assert_close(together[:, 0].double(), wanted[:rows], rtol=1e-5, atol=1e-4)
 
 
 @njit

@@ -7,7 +7,9 @@ the reader adds the parts in order.
 The weight type is told by a tag argument: uint8 int4, int8, uint16 bfloat16, float32. Such weights are read once a step
 and leave the caches behind them. What a draft step reads comes again soon and is little: uint32 is int4 and int32 int8
 whose weights are left in the last-level cache, where the others leave them in peace. Each type is compiled only when
-it is used. Where weights are integers, so are the inputs: rounded first (:mod:`engine.kernels.rounding`).
+it is used. Where weights are integers, so are the inputs: rounded first (:mod:`engine.kernels.rounding`). Where the
+processor multiplies pairs of bfloat16, inputs of such weights are rounded to it, as they are in torch; elsewhere they stay
+float32.
 """
 
 from __future__ import annotations
@@ -22,17 +24,16 @@ from numba.extending import overload
 from engine.kernels import int4_tiles, int8_tiles, tiles
 from engine.kernels.control import BIAS, BLOCK, INPUTS, OUTPUTS, PARTS, SCALES
 from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
+from engine.kernels.rows import narrow_row
 from engine.kernels.rounding import GROUP, GROUP_BYTES, STEP, SUM, round_row
 
 _BF16 = np.uint16(0)
 _TILE = int8_tiles.OUTPUTS  # which divides a block
 
-_d1, _d2, _d3, _d4, _d5, _d6, _d7, _d8 = tiles.DOTS
-
 
 def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
     """Where :func:`multiply_block` finds its inputs: for int4 and int8 the float rows ``x [rows, count]`` are rounded
-    into ``rounded`` and ``extras``; else ``x`` itself (numba functions only)."""
+    into ``rounded`` and ``extras``, for bfloat16 perhaps into ``rounded``; else ``x`` itself (numba functions only)."""
     raise NotImplementedError
 
 
@@ -179,42 +180,61 @@ _BLOCKS = {
 }  # fmt: skip
 
 
-@njit(nogil=True, error_model="numpy")
-def _row_major_block(
-    tag: Any, size: int, linear: int, output: int, part: int, x: int, out: int, out_step: int, rows: int
-) -> None:
-    n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
-    steps = k // 16
-    first, last = part * steps // parts * 16, (part + 1) * steps // parts * 16
-    count, step = last - first, k * size
-    base = get_i64(linear) + output * step + first * size
-    width = min(BLOCK, n - output)
-    for row in range(0, rows, tiles.MOST_ROWS):
-        a, left = x + 4 * (row * k + first), rows - row
-        for j in range(width):
-            w, o = base + j * step, out + 4 * (row * out_step + j)
-            if left == 1:
-                _d1(tag, w, count, a, k, o, out_step)
-            elif left == 2:
-                _d2(tag, w, count, a, k, o, out_step)
-            elif left == 3:
-                _d3(tag, w, count, a, k, o, out_step)
-            elif left == 4:
-                _d4(tag, w, count, a, k, o, out_step)
-            elif left == 5:
-                _d5(tag, w, count, a, k, o, out_step)
-            elif left == 6:
-                _d6(tag, w, count, a, k, o, out_step)
-            elif left == 7:
-                _d7(tag, w, count, a, k, o, out_step)
-            else:
-                _d8(tag, w, count, a, k, o, out_step)
-    if part == 0:
-        _add_bias(linear, output, width, out, out_step, rows)
+def _row_major_blocks(dots: Sequence[Callable[..., None]], w_size: int, x_size: int) -> Any:
+    d1, d2, d3, d4, d5, d6, d7, d8 = dots
+
+    @njit(nogil=True, error_model="numpy")
+    def block(
+        tag: Any, linear: int, output: int, part: int, x: int, out: int, out_step: int, rows: int
+    ) -> None:
+        n, k, parts = get_i64(linear + 8 * OUTPUTS), get_i64(linear + 8 * INPUTS), get_i64(linear + 8 * PARTS)
+        steps = k // 16
+        first, last = part * steps // parts * 16, (part + 1) * steps // parts * 16
+        count, step = last - first, k * w_size
+        base = get_i64(linear) + output * step + first * w_size
+        width = min(BLOCK, n - output)
+        for row in range(0, rows, tiles.MOST_ROWS):
+            a, left = x + x_size * (row * k + first), rows - row
+            for j in range(width):
+                w, o = base + j * step, out + 4 * (row * out_step + j)
+                if left == 1:
+                    d1(tag, w, count, a, k, o, out_step)
+                elif left == 2:
+                    d2(tag, w, count, a, k, o, out_step)
+                elif left == 3:
+                    d3(tag, w, count, a, k, o, out_step)
+                elif left == 4:
+                    d4(tag, w, count, a, k, o, out_step)
+                elif left == 5:
+                    d5(tag, w, count, a, k, o, out_step)
+                elif left == 6:
+                    d6(tag, w, count, a, k, o, out_step)
+                elif left == 7:
+                    d7(tag, w, count, a, k, o, out_step)
+                else:
+                    d8(tag, w, count, a, k, o, out_step)
+        if part == 0:
+            _add_bias(linear, output, width, out, out_step, rows)
+
+    return block
+
+
+_PAIRED = tiles.has_pairs()
+_ROW_MAJOR_BLOCKS = {
+    types.uint16: _row_major_blocks(tiles.PAIRS, 2, 2) if _PAIRED else _row_major_blocks(tiles.DOTS, 2, 4),
+    types.float32: _row_major_blocks(tiles.DOTS, 4, 4),
+}
 
 
 @overload(prepare_rows)
 def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
+    if tag == types.uint16 and _PAIRED:
+
+        def narrow(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
+            narrow_row(tag, rounded, x, rows * count)
+            return rounded
+
+        return narrow
     if tag not in _BLOCKS:
 
         def same(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
@@ -252,11 +272,11 @@ def _multiply_block(
             block(linear, output, part, x, extras, out, out_step, rows)
 
         return multiply
-    size = {types.uint16: 2, types.float32: 4}[tag]
+    row_major = _ROW_MAJOR_BLOCKS[tag]
 
     def multiply_rows(
         tag: Any, linear: Any, output: Any, part: Any, x: Any, extras: Any, out: Any, out_step: Any, rows: Any
     ) -> None:
-        _row_major_block(tag, size, linear, output, part, x, out, out_step, rows)
+        row_major(tag, linear, output, part, x, out, out_step, rows)
 
     return multiply_rows

@@ -90,7 +90,7 @@ def _compile(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     """Compile, and keep what came out if possible."""
     from engine.kernels.program import native_code
 
-    _register_symbols()
+    register_symbols()
     objects = native_code(kinds)
     _write(_file(kinds), objects)
     return objects
@@ -135,12 +135,13 @@ def _write(file: Path, objects: dict[str, tuple[str, bytes]]) -> None:
 
 
 @cache
-def _register_symbols() -> None:
+def register_symbols() -> None:
     """Give compiled code the operating system's yield; needed before anything is compiled or linked."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    llvm.initialize_native_asmparser()
     if sys.platform == "win32":
         function = ctypes.windll.kernel32.SwitchToThread
         import numba.core.registry  # LLVM's helpers for the stack there
@@ -161,7 +162,7 @@ _NOWHERE = ctypes.addressof(_nowhere)
 def _link(symbol: str, code: bytes, convention: Callable[..., Any], arguments: int) -> Callable[..., None]:
     import llvmlite.binding as llvm
 
-    _register_symbols()
+    register_symbols()
     machine = llvm.Target.from_default_triple().create_target_machine()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))

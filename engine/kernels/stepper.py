@@ -286,7 +286,7 @@ class FusedStepper:
 
     def _rounded(self, inputs: int) -> tuple[int, int]:
         """Buffers for rounded inputs (:mod:`engine.kernels.rounding`) and what is kept beside them."""
-        return self.buffer(-(-inputs // 4)), self.buffer(-(-inputs // GROUP_SIZE) * 4)
+        return self.buffer(-(-inputs // 2)), self.buffer(-(-inputs // GROUP_SIZE) * 4)
 
     def reserve_adapters(self, rank: int) -> None:
         """Have scratch for adapters of up to ``rank``."""

@@ -6,19 +6,26 @@ unpacking of the weights is shared. That is what makes rows batch-invariant bit 
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
+import llvmlite.binding
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.intrinsics import (
     AHEAD,
+    I16,
+    I32,
     I64,
     LANES,
     VF32,
     constant,
     fma,
+    join,
+    load,
     offset,
     prefetch,
     reduce_tree,
@@ -76,4 +83,66 @@ def _dot_tile(rows: int) -> Any:
     return tile
 
 
+def _pair_tile(rows: int) -> Any:
+    """As :func:`_dot_tile` with bfloat16 weights and inputs rounded to bfloat16: AVX-512's ``vdpbf16ps`` multiplies 32 of
+    them and adds neighbouring products up, all in float32."""
+    pairs, halves = ir.VectorType(I32, LANES), ir.VectorType(I16, LANES)
+    width = 2 * LANES
+
+    @intrinsic
+    def tile(
+        typingctx: Any, tag: Any, weights: Any, count: Any, x: Any, x_step: Any, out: Any, out_step: Any
+    ) -> Any:
+        def add(builder: Any, total: Any, weight: Any, value: Any) -> None:
+            kind = ir.FunctionType(VF32, [pairs, pairs, VF32])
+            multiply = ir.InlineAsm(kind, "vdpbf16ps $2, $1, $0", "=v,v,v,0")
+            builder.store(builder.call(multiply, [weight, value, builder.load(total)]), total)
+
+        def rest(builder: Any, address: Any) -> Any:
+            """16 of them and as many zeros."""
+            return builder.bitcast(join(builder, load(builder, address, halves), constant(0, halves)), pairs)
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _, base, length, left, left_step, target, target_step = args
+            result = [[cgutils.alloca_once(builder, VF32) for _ in range(_SUMS)] for _ in range(rows)]
+            for totals in result:
+                for total in totals:
+                    builder.store(constant(0.0), total)
+            row_x = [offset(builder, left, builder.mul(left_step, I64(2 * r))) for r in range(rows)]
+            twice, once = (builder.and_(length, I64(-each)) for each in (width * _SUMS, width))
+            with cgutils.for_range_slice(builder, I64(0), twice, I64(width * _SUMS), I64) as (k, _):
+                for number in range(_SUMS):
+                    at = builder.mul(offset(builder, k, width * number), I64(2))
+                    prefetch(builder, offset(builder, base, at, AHEAD), keep=False)
+                    weight = load(builder, offset(builder, base, at), pairs)
+                    for row, totals in zip(row_x, result, strict=True):
+                        add(builder, totals[number], weight, load(builder, offset(builder, row, at), pairs))
+            with cgutils.for_range_slice(builder, twice, once, I64(width), I64) as (k, _):
+                at = builder.mul(k, I64(2))
+                weight = load(builder, offset(builder, base, at), pairs)
+                for row, totals in zip(row_x, result, strict=True):
+                    add(builder, totals[0], weight, load(builder, offset(builder, row, at), pairs))
+            with cgutils.for_range_slice(builder, once, length, I64(LANES), I64) as (k, _):
+                at = builder.mul(k, I64(2))
+                weight = rest(builder, offset(builder, base, at))
+                for row, totals in zip(row_x, result, strict=True):
+                    add(builder, totals[1], weight, rest(builder, offset(builder, row, at)))
+            for r, totals in enumerate(result):
+                at = offset(builder, target, builder.mul(target_step, I64(4 * r)))
+                total = builder.fadd(*(builder.load(each) for each in totals))
+                store(builder, reduce_tree(builder, total), at)
+            return context.get_dummy_value()
+
+        return types.void(tag, *[types.int64] * 6), codegen
+
+    return tile
+
+
+def has_pairs() -> bool:
+    """Whether this processor multiplies pairs of bfloat16."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return platform.machine().lower() in ("x86_64", "amd64") and bool(features.get("avx512bf16"))
+
+
 DOTS = tuple(_dot_tile(rows) for rows in range(1, MOST_ROWS + 1))
+PAIRS = tuple(_pair_tile(rows) for rows in range(1, MOST_ROWS + 1))
