@@ -44,7 +44,9 @@ CHAIN, INSTEAD_OF = [3, 50, 7, 99], [1, 1, 3]  # and three others: two for the f
 OTHERS = [51, 52, 98]
 
 
-@pytest.mark.parametrize("length", [1, 40, 60, 61, 62, 63, 64, 126, 127])  # around the ends of attention's chunks
+@pytest.mark.parametrize(
+    "length", [1, 40, 60, 61, 62, 63, 64, 126, 127]
+)  # around the ends of attention's chunks
 @pytest.mark.parametrize("weight_format", FUSED)
 def test_an_alternative_has_the_bits_of_plain_decoding(
     decoders: dict[str, Decoder], weight_format: str, length: int
@@ -80,7 +82,9 @@ def _compare(
         assert same(hidden[own], expected[row]) and same(logits[own], wanted[row])
         stepper.forward(CHAIN + OTHERS, cache, instead_of=INSTEAD_OF)
         stepper.copy_slot(cache, length + own, length + row)
-        for ours, theirs in zip((*cache.keys, *cache.values), (*straight.keys, *straight.values), strict=True):
+        for ours, theirs in zip(
+            (*cache.keys, *cache.values), (*straight.keys, *straight.values), strict=True
+        ):
             end = length + row + 1
             assert same(ours[:, :, :end], theirs[:, :, :end])
 
@@ -167,9 +171,7 @@ def test_a_seed_gives_the_text_that_plain_decoding_gives(
     stepper = make_stepper(decoders["int4"])
     expected, _ = run(stepper, None, 80, params=params)
     text = [*PROMPT, *expected, *[0] * 9]
-    drafter = scripted(
-        stepper, lambda place: text[place] if place % 2 else 3, lambda place: (text[place], 4)
-    )
+    drafter = scripted(stepper, lambda place: text[place] if place % 2 else 3, lambda place: (text[place], 4))
     ids, rounds = run(stepper, fixed(drafter, 4, 6), 80, params=params)
     assert ids == expected
     assert any(accepted > 1 for _, accepted in rounds)

@@ -14,10 +14,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from engine.kernels.tiles import has_pairs
 from engine.kernels import control, fused_unavailable, make_fused_stepper
 from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.adapters import describe_adapter
+from engine.kernels.tiles import has_pairs
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
 from engine.models.feed_forward import FeedForward

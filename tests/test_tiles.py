@@ -112,7 +112,9 @@ def compiled_dots(pairs: bool, rows: int, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("count", [16, 32, 48, 64, 112, 576])
-@pytest.mark.parametrize(("dtype", "pairs"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "pairs"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_rows_that_share_a_tile_have_the_bits_of_one_alone(
     dtype: torch.dtype, pairs: bool, count: int
 ) -> None:
@@ -128,9 +130,7 @@ def test_rows_that_share_a_tile_have_the_bits_of_one_alone(
         together, alone = torch.full((rows, 3), 7.0), torch.full((rows, 3), 7.0)
         compiled_dots(pairs, rows, dtype)(weight.data_ptr(), count, x.data_ptr(), together.data_ptr())
         for row in range(rows):
-            compiled_dots(pairs, 1, dtype)(
-                weight.data_ptr(), count, x[row].data_ptr(), alone[row].data_ptr()
-            )
+            compiled_dots(pairs, 1, dtype)(weight.data_ptr(), count, x[row].data_ptr(), alone[row].data_ptr())
         assert torch.equal(together, alone) and (together[:, 1:] == 7).all()
         torch.testing.assert_close(together[:, 0].double(), wanted[:rows], rtol=1e-5, atol=1e-4)
 

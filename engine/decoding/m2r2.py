@@ -176,7 +176,13 @@ def _record(
         if draft != right:
             break  # behind a wrong draft nothing is known
     return RoundRecord(
-        len(drafted.confidences), num_drafts, len(tokens), draft_seconds, verify_seconds, tuple(outcomes), tuple(others)
+        len(drafted.confidences),
+        num_drafts,
+        len(tokens),
+        draft_seconds,
+        verify_seconds,
+        tuple(outcomes),
+        tuple(others),
     )
 
 

@@ -35,7 +35,10 @@ _BLOCK = 256  # weights that are added up first when one is drawn
 _ALONE, _FEWER, _MANY = 1e-6, 1e-3, 4096
 _LIKELY = 0.02  # of the best token's weight: others are not drafted
 _WORD = (1 << 64) - 1
-_STEP, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64 (Steele et al. 2014)
+_STEP, _MIX = (
+    0x9E3779B97F4A7C15,
+    (0xBF58476D1CE4E5B9, 0x94D049BB133111EB),
+)  # of SplitMix64 (Steele et al. 2014)
 
 
 class Sampler:
@@ -79,7 +82,9 @@ class Sampler:
         places = (weights >= _LIKELY**temperature).nonzero()[0]
         likely = zip(tokens[places].tolist(), weights[places].tolist(), strict=True)
         # A handful, for which Python's own numbers are quicker.
-        speeds = [(weight ** (1 / temperature) / self._time(token, position), token) for token, weight in likely]
+        speeds = [
+            (weight ** (1 / temperature) / self._time(token, position), token) for token, weight in likely
+        ]
         speeds.sort(reverse=True)
         all_of_them = sum(speed for speed, _ in speeds)
         ranked = [(token, speed / all_of_them) for speed, token in speeds[: 1 + MOST_OTHERS]]
@@ -121,7 +126,7 @@ class Sampler:
         if others and together < time * least * others:
             weights = self._all_weights(scores)
             weights[head] = 0
-            if 0 < (mass := _total(weights)) and together < time * mass:
+            if (mass := _total(weights)) > 0 and together < time * mass:
                 return self.sample(weights, math.exp(-self._time(size + 1, position)))
         return int(head[first])
 

@@ -24,8 +24,8 @@ from numba.extending import overload
 from engine.kernels import int4_tiles, int8_tiles, tiles
 from engine.kernels.control import BIAS, BLOCK, INPUTS, OUTPUTS, PARTS, SCALES
 from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
-from engine.kernels.rows import narrow_row
 from engine.kernels.rounding import GROUP, GROUP_BYTES, STEP, SUM, round_row
+from engine.kernels.rows import narrow_row
 
 _BF16 = np.uint16(0)
 _TILE = int8_tiles.OUTPUTS  # which divides a block

@@ -244,7 +244,7 @@ class FusedStepper:
         mixed, inner = config.num_heads * config.head_dim, config.intermediate_size
         # Written through memoryviews, a number at a time: for a few numbers numpy takes longer.
         places = np.zeros((4, MAX_ROWS), np.int64)
-        self._positions, self._slots, self._ids, self._begun = (memoryview(row) for row in places)
+        self._positions, self._slots, self._ids, self._begun = (row.data for row in places)
         positions, slots, tokens, self._begun_address = (row.ctypes.data for row in places)
         self._buffers: list[np.ndarray] = []
         fields = {

@@ -16,7 +16,9 @@ import numpy as np
 from engine.kernels import control as fields
 from engine.kernels.native import Kinds, Program, load_program
 
-PATIENCE = 40_000  # spins before a worker sleeps, about 1 ms: as long as choosing tokens and showing them may take
+PATIENCE = (
+    40_000  # spins before a worker sleeps, about 1 ms: as long as choosing tokens and showing them may take
+)
 _teams: weakref.WeakSet[Team] = weakref.WeakSet()
 
 
@@ -33,7 +35,7 @@ class Team:
         self.num_threads, self._patience = num_threads, patience
         self.control = np.zeros(fields.RANKS + fields.RANK_FIELDS * num_threads, np.int64)
         self.address = self.control.ctypes.data
-        self._fields = memoryview(self.control)  # of single fields it takes values sooner
+        self._fields = self.control.data  # of single fields it takes values sooner
         self.control[fields.THREADS] = num_threads
         self._program = load_program(kinds)
         self._lock = threading.Lock()

@@ -33,7 +33,6 @@ from engine.kernels.intrinsics import (
     widen,
 )  # fmt: skip
 
-
 MOST_ROWS = 8  # of a tile: with two sums each, half of AVX-512's registers
 _SUMS = 2  # of a row, each of every other 16 inputs: a single one would wait for each multiply-add before the next
 
@@ -67,7 +66,9 @@ def _dot_tile(rows: int) -> Any:
             whole = builder.and_(length, I64(-LANES * _SUMS))
             with cgutils.for_range_slice(builder, I64(0), whole, I64(LANES * _SUMS), I64) as (k, _):
                 for line in range(0, LANES * _SUMS * size, 64):
-                    prefetch(builder, offset(builder, base, builder.mul(k, I64(size)), AHEAD + line), keep=False)
+                    prefetch(
+                        builder, offset(builder, base, builder.mul(k, I64(size)), AHEAD + line), keep=False
+                    )
                 for number in range(_SUMS):
                     add(offset(builder, k, LANES * number), number)
             with cgutils.for_range_slice(builder, whole, length, I64(LANES), I64) as (k, _):

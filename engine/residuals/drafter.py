@@ -52,8 +52,6 @@ class Draft:
     others: Ranked = ()
 
 
-
-
 class Drafter(Protocol):
     """Drafts one token at a time on a loaded model."""
 
@@ -107,8 +105,8 @@ class TorchDrafter:
         slots = min(cache.capacity, -(-(position + 1) // 16) * 16)
         self.decoder.rope.ensure(slots)
         here = torch.tensor([[position]], device=self.decoder.device)
-        best, *states = self.compute(self.embed(token), state, here, cache, slots)
-        return self._drafted(best, *states, position + 1, rank, least)
+        best, slow_state, exit_state = self.compute(self.embed(token), state, here, cache, slots)
+        return self._drafted(best, slow_state, exit_state, position + 1, rank, least)
 
     def embed(self, token: int) -> Tensor:
         """``[1, D]``."""
@@ -145,9 +143,7 @@ class TorchDrafter:
     ) -> Draft:
         found = best.cpu().numpy()
         tokens = self._vocab[found[:_CANDIDATES].astype(np.int64)]
-        (token, confidence), *others = rank(
-            tokens, found[_CANDIDATES:-1], float(found[-1]), position, least
-        )
+        (token, confidence), *others = rank(tokens, found[_CANDIDATES:-1], float(found[-1]), position, least)
         return Draft(token, confidence, slow_state, exit_state, tuple(others))
 
     def _layer(self, index: int, rows: Tensor, here: Tensor, cache: KVCache, slots: int) -> Tensor:

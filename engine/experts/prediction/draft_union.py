@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.decoding.ranking import Rank, likeliest
 from engine.experts.cache import ExpertCache
 from engine.experts.prediction.next_gate import likely_experts
 from engine.experts.store import Key
@@ -51,8 +52,16 @@ class UnionDrafter:
     def stepper(self) -> Stepper:
         return self._inner.stepper
 
-    def draft(self, token: int, state: Tensor, cache: KVCache, position: int) -> Draft:
-        draft = self._inner.draft(token, state, cache, position)
+    def draft(
+        self,
+        token: int,
+        state: Tensor,
+        cache: KVCache,
+        position: int,
+        rank: Rank = likeliest,
+        least: float = 1.0,
+    ) -> Draft:
+        draft = self._inner.draft(token, state, cache, position, rank, least)
         with torch.inference_mode():
             keys = named_experts(self._stream, draft, self._count)
         self._cache.prefetch(key for key in keys if key[0] < self._last)
