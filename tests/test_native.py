@@ -48,7 +48,7 @@ def test_damaged_code_is_compiled_again(
     slipstream_home: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     file = native._folder() / "x.o"
-    objects = {"work": ("_work", b"\x00\nabc"), "publish": ("_publish", b"de")}
+    objects = {"work": ("_work", b"\x00\nabc"), "publish": ("_publish", b"de"), "copy_slot": ("_copy", b"fg")}
     native._write(file, objects)
     assert native._read(file) == objects
     assert [entry.name for entry in file.parent.iterdir()] == ["x.o"]
@@ -78,7 +78,7 @@ def test_the_compiler_has_a_process_of_its_own(
     slipstream_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And where that cannot be had, or leaves nothing, the code is compiled here."""
-    kept = {"work": ("_work", b"abc"), "publish": ("_publish", b"de")}
+    kept = {"work": ("_work", b"abc"), "publish": ("_publish", b"de"), "copy_slot": ("_copy", b"fg")}
     here: list[Kinds] = []
     monkeypatch.setattr(native, "_link", lambda symbol, code, *_: (symbol, code))
     monkeypatch.setattr(native, "_compile", lambda kinds: here.append(kinds) or kept)
