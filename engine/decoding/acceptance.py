@@ -1,15 +1,16 @@
 """Lossless acceptance of drafts, a chain with or without alternatives to its tokens: the model's own choice at each
 position decides.
 
-Drafts are deterministic here (a distribution with all its mass on one token). For those, the rejection
-rule of Leviathan et al. (2023, arXiv 2211.17192) says: accept draft ``x`` with probability ``p(x)``, else
-draw from ``p`` without ``x``, renormalised. Drawing the model's own token from ``p`` and accepting where
-it equals the draft is that same rule, and it has two merits: it works for every sampling setting (the
-sampler sees each row with the history that plain decoding would show it), and it spends exactly one random
-number per produced token. So a seed gives the very text that plain decoding gives, sampled or greedy,
-wherever the rows' logits are bit-identical. It also serves any number of drafts for the same position (a tree, as
-in SpecInfer, Miao et al. 2023, arXiv 2305.09781; ours has no branches longer than one token): the one that the token
-equals is accepted.
+The model's token is chosen as plain decoding chooses it, from the row's logits, the history that plain decoding would
+show the sampler, and the position's random numbers; a draft is accepted where it equals that token. So the output does
+not depend on the drafts at all, whatever they are made of, those random numbers included
+(:mod:`engine.decoding.sampling`), and however many there are for a position: a seed gives the very text that plain
+decoding gives, sampled or greedy, with every sampling setting, wherever the rows' logits are bit-identical. For a draft
+that knows nothing of the random numbers it is the rejection rule of Leviathan et al. (2023, arXiv 2211.17192): accepted
+with the model's own probability of it, else a token from what remains.
+
+Several drafts for one position make a tree, as in SpecInfer (Miao et al. 2023, arXiv 2305.09781); ours has no branches
+longer than one token.
 """
 
 from __future__ import annotations

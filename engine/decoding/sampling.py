@@ -1,15 +1,14 @@
 """How the next token is chosen from the logits.
 
 Order (transformers' own): repetition penalty, temperature, top-k, top-p, min-p; the kept tokens are
-renormalised at the end. The result is a whole distribution, so speculative acceptance can compare the
-target's with the draft's.
+renormalised at the end.
 
-Random numbers: each token of the vocabulary arrives at an exponentially distributed time, and the first one, its time
-divided by its weight, is taken (the Gumbel-max trick: it is drawn with the probability that its weight says). The
-times are a function of seed, position and token, so a seed repeats, and who drafts a token for a position can look at the same times: where the draft distribution resembles the
-model's, the same token then comes first in both, though neither is deterministic. The model's choice does not depend on
-the draft (Daliri, Musco and Suresh 2024, arXiv 2408.07978, call it drafter-invariant): every method gives the same text
-for a seed.
+Random numbers: each token of the vocabulary has an exponentially distributed time, and the one whose time, divided by
+its weight, is the shortest is taken (the Gumbel-max trick: so it is drawn with the probability that its weight says).
+The times are a function of seed, position and token. So a seed repeats; and who drafts a token for a position looks at
+the same times: where the draft distribution resembles the model's, the same token comes first in both, though each is
+random. The model's choice does not depend on the draft (drafter-invariant, as Daliri, Musco and Suresh call it, 2024,
+arXiv 2408.07978): every method gives the same text for a seed.
 
 All of it is numpy's work: behind a step that swept the caches, each little operation of torch's takes tens of
 microseconds, and a token of a small model takes two milliseconds.
@@ -30,7 +29,6 @@ from engine.errors import SlipstreamError
 from engine.requests import SamplingParams
 
 _LEAST = (1e-3, 1e-5)  # of the best token's weight: above it lies nearly always as much as top-p asks for
-_BLOCK = 256  # weights that are added up first when one is drawn
 # Tokens from the first weight on draw their own times, the others one together; if those are too many, from the second.
 _ALONE, _FEWER, _MANY = 1e-6, 1e-3, 4096
 _LIKELY = 0.02  # of the best token's weight: others are not drafted
@@ -109,26 +107,31 @@ class Sampler:
     def _first(self, scores: Floats, position: int) -> int:
         """The first of all tokens. The unlikely ones, nearly all, are taken together, and looked at one by one only
         where one of them can be the first."""
-        temperature, size = self.params.temperature, len(scores)
-        best = _finite(float(scores.max()))
-        for least in (_ALONE, _FEWER):
-            head = (scores >= best + temperature * math.log(least)).nonzero()[0]
-            if len(head) <= _MANY:
-                break
+        size, (head, weights, others) = len(scores), self._likely(scores)
         if len(head) == 1:
             first, time = 0, self._time(int(head[0]), position)
         else:
-            weights = np.exp((scores[head].astype(np.float64) - best) / temperature)
             times = self.times(head, position) / weights
             first = int(times.argmin())
             time = float(times[first])
-        others, together = size - len(head), self._time(size, position)
-        if others and together < time * least * others:
+        together = self._time(size, position)
+        if together < time * others:
             weights = self._all_weights(scores)
             weights[head] = 0
             if (mass := _total(weights)) > 0 and together < time * mass:
                 return self.sample(weights, math.exp(-self._time(size + 1, position)))
         return int(head[first])
+
+    def _likely(self, scores: Floats) -> tuple[Tokens, Floats, float]:
+        """The tokens that are not nearly impossible, their weights (the best one's 1), and what all others weigh at
+        most."""
+        temperature, best = self.params.temperature, _finite(float(scores.max()))
+        for least in (_ALONE, _FEWER):
+            head = (scores >= best + temperature * math.log(least)).nonzero()[0]
+            if len(head) <= _MANY:
+                break
+        weights = np.exp((scores[head].astype(np.float64) - best) / temperature)
+        return head, weights, least * (len(scores) - len(head))
 
     def _time(self, token: int, position: int) -> float:
         """As :meth:`times`, of one token: Python's own numbers are quicker then."""
@@ -153,20 +156,14 @@ class Sampler:
             dense[tokens] = weights / _total(weights)
         return torch.from_numpy(dense).to(logits.device)
 
-    def sample(self, weights: Floats, share: float) -> int:
+    @staticmethod
+    def sample(weights: Floats, share: float) -> int:
         """A place in ``weights`` (any positive total): the first whose mass and all before it exceed that share of the
         total, from 0 to 1."""
-        # Sums of blocks first: adding up one by one what a vocabulary holds takes longer than all the rest.
-        blocks = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)).cumsum(dtype=np.float64)
-        target = _finite(float(blocks[-1])) * share
+        sums = weights.cumsum(dtype=np.float64)
         # side="right": the first that exceeds the target, so never one of mass 0
-        block = min(int(np.searchsorted(blocks, target, side="right")), len(blocks) - 1)
-        before = blocks[block - 1] if block else 0.0
-        inner = before + weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum(dtype=np.float64)
-        place = int(np.searchsorted(inner, target, side="right"))
-        if place == len(inner):  # the sums, rounded otherwise, end just below the target
-            return int(np.flatnonzero(weights)[-1])
-        return block * _BLOCK + place
+        place = int(np.searchsorted(sums, _finite(float(sums[-1])) * share, side="right"))
+        return place if place < len(sums) else int(np.flatnonzero(weights)[-1])
 
     def _scores(self, logits: Tensor, history: Sequence[int]) -> Floats:
         """The logits after the repetition penalty."""
