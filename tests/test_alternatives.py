@@ -237,7 +237,7 @@ OFFERS = [[(5, 0.2), (6, 0.03)], [(7, 0.35)]]
 
 
 @pytest.mark.parametrize(
-    ("row_seconds", "tokens"), [(0.001, [5, 7, 6]), (0.08, [5, 7]), (0.205, [5]), (0.5, [])]
+    ("row_seconds", "tokens"), [(0.001, [5, 7, 6]), (0.08, [5, 7]), (0.16, [5]), (0.5, [])]
 )
 def test_the_likeliest_are_taken_while_they_are_worth_a_row(row_seconds: float, tokens: list[int]) -> None:
     chosen = taught(row_seconds).alternatives([0.5, 0.5], OFFERS, 2, 5)
@@ -262,6 +262,6 @@ def test_what_was_offered_and_never_right_is_not_taken_for_long() -> None:
 @pytest.mark.parametrize(("row_seconds", "least"), [(0.02, 0.05), (0.2, 0.3)])
 def test_only_likely_tokens_are_asked_for(row_seconds: float, least: float) -> None:
     controller = taught(row_seconds)
-    assert controller.least_offer([]) == pytest.approx(0.5 * row_seconds, rel=0.3)
+    assert controller.least_offer([]) == pytest.approx(0.8 * row_seconds, rel=0.3)
     assert controller.least_offer([0.5]) > controller.least_offer([])
     assert controller.least_offer([]) < least

@@ -27,7 +27,8 @@ from engine.decoding.calibration import Calibration, number
 
 MAX_DRAFTS = 7
 _HIGHEST_OTHER = 0.5  # probability that another token than the likeliest can have
-_OFFERED = 0.5  # of the chance that an alternative needs: its probability may be too modest
+_ALTERNATIVE = 1.3  # times its row is what an alternative has to be worth: it takes more than that row
+_OFFERED = 0.8  # of a row's worth, from there on it may become one: its probability may be too modest
 _PRIOR = 3.0  # observations' worth of a guess
 _FADE = 0.998  # per observation: old luck counts less
 _SAMPLES = 9  # timings kept of each kind; their median counts
@@ -191,7 +192,7 @@ class DepthController:
         for count, (chance, _) in enumerate(found[:room]):
             cost = self._verify(num_drafts + count + 1, dropped=False)
             cost -= self._verify(num_drafts + count, dropped and count == 0)
-            if chance <= rate * cost:
+            if chance <= _ALTERNATIVE * rate * cost:
                 return tuple(each for _, each in found[:count])
         return tuple(each for _, each in found[: max(0, room)])
 
