@@ -16,7 +16,8 @@ class SpeculationStats:
     num_accepted_tokens_per_pos: list[int] = field(default_factory=list)
 
     def observe(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
-        """Count one round of ``num_draft_tokens`` drafts, the first ``num_accepted_tokens`` accepted."""
+        """Count one round of ``num_draft_tokens`` drafts, ``num_accepted_tokens`` of them accepted, one for each position
+        from the first on."""
         self.num_rounds += 1
         self.num_drafts += num_draft_tokens > 0
         self.num_draft_tokens += num_draft_tokens

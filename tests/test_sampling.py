@@ -162,6 +162,15 @@ def test_a_draft_from_the_models_own_distribution_is_what_the_model_takes():
         assert same > 260 and len(taken) > 5  # but for tokens that are too unlikely to be drafted
 
 
+def test_where_nearly_all_tokens_are_likely_only_the_likeliest_are_looked_at():
+    weights = np.full(8192, 0.9, np.float32)
+    heavy = np.arange(256) * 30 + 3
+    weights[heavy] = 1
+    sampler = Sampler(SamplingParams(2.0, seed=1))
+    drafted = {sampler.rank(np.arange(8192), weights, 7e3, position, 1.0)[0][0] for position in range(60)}
+    assert drafted <= set(heavy.tolist()) and len(drafted) > 40
+
+
 def test_ranks_fall_and_end_with_the_least_chance():
     tokens, weights = np.array([7, 9, 4, 2]), np.array([0.3, 1.0, 0.5, 0.01], np.float32)
     greedy = Sampler(SamplingParams())

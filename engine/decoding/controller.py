@@ -185,16 +185,16 @@ class DepthController:
                 (before * self._others.chance(chance), Alternative(token, place)) for token, chance in others
             ]
             before *= self._luck.chance(confidence)
-        found.sort(key=lambda each: -each[0])
+        found = sorted(found, key=lambda each: -each[0])[:room]
         if self._forced is not None:
-            return tuple(each for _, each in found[: min(room, self._fixed_alternatives)])
+            return tuple(each for _, each in found[: self._fixed_alternatives])
         rate, dropped = self._rate() if found else 0.0, len(confidences) > num_drafts
-        for count, (chance, _) in enumerate(found[:room]):
+        for count, (chance, _) in enumerate(found):
             cost = self._verify(num_drafts + count + 1, dropped=False)
             cost -= self._verify(num_drafts + count, dropped and count == 0)
             if chance <= _ALTERNATIVE * rate * cost:
                 return tuple(each for _, each in found[:count])
-        return tuple(each for _, each in found[: max(0, room)])
+        return tuple(each for _, each in found)
 
     def observe(self, record: RoundRecord) -> None:
         """Learn from a finished round."""

@@ -32,11 +32,11 @@ _LEAST = (1e-3, 1e-5)  # of the best token's weight: above it lies nearly always
 # Tokens from the first weight on draw their own times, the others one together; if those are too many, from the second.
 _ALONE, _FEWER, _MANY = 1e-6, 1e-3, 4096
 _LIKELY = 0.02  # of the best token's weight: others are not drafted
+_HANDFUL, _MOST = 16, 256  # likely tokens for which Python's own numbers are quicker; that are looked at
 _WORD = (1 << 64) - 1
-_STEP, _MIX = (
-    0x9E3779B97F4A7C15,
-    (0xBF58476D1CE4E5B9, 0x94D049BB133111EB),
-)  # of SplitMix64 (Steele et al. 2014)
+# Of SplitMix64 (Steele, Lea and Flood 2014).
+_STEP = 0x9E3779B97F4A7C15
+_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class Sampler:
@@ -78,11 +78,15 @@ class Sampler:
             return likeliest(tokens, weights, total, position, least)
         temperature = self.params.temperature
         places = (weights >= _LIKELY**temperature).nonzero()[0]
-        likely = zip(tokens[places].tolist(), weights[places].tolist(), strict=True)
-        # A handful, for which Python's own numbers are quicker.
-        speeds = [
-            (weight ** (1 / temperature) / self._time(token, position), token) for token, weight in likely
-        ]
+        if len(places) > _MOST:  # at high temperatures most are likely
+            places = places[np.argpartition(-weights[places], _MOST)[:_MOST]]
+        likely = tokens[places]
+        if len(places) > _HANDFUL:
+            times = self.times(likely, position).tolist()
+        else:
+            times = [self._time(token, position) for token in likely.tolist()]
+        arrivals = zip(weights[places].tolist(), times, likely.tolist(), strict=True)
+        speeds = [(weight ** (1 / temperature) / time, token) for weight, time, token in arrivals]
         speeds.sort(reverse=True)
         all_of_them = sum(speed for speed, _ in speeds)
         ranked = [(token, speed / all_of_them) for speed, token in speeds[: 1 + MOST_OTHERS]]
@@ -97,7 +101,7 @@ class Sampler:
             bits ^= bits >> np.uint64(shift)
             bits *= np.uint64(factor)
         bits ^= bits >> np.uint64(31)
-        return -np.log(((bits >> np.uint64(11)) + 0.5) * 2.0**-53)
+        return -np.log(((bits >> np.uint64(12)) + 0.5) * 2.0**-52)
 
     @property
     def _filters(self) -> bool:
@@ -136,7 +140,7 @@ class Sampler:
     def _time(self, token: int, position: int) -> float:
         """As :meth:`times`, of one token: Python's own numbers are quicker then."""
         bits = _spread(self._stream(position) + token * _STEP)
-        return -math.log(((bits >> 11) + 0.5) * 2.0**-53)
+        return -math.log(((bits >> 12) + 0.5) * 2.0**-52)
 
     def _stream(self, position: int) -> int:
         """Where the random numbers of a position begin."""

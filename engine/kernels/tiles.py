@@ -37,6 +37,22 @@ MOST_ROWS = 8  # of a tile: with two sums each, half of AVX-512's registers
 _SUMS = 2  # of a row, each of every other 16 inputs: a single one would wait for each multiply-add before the next
 
 
+def _sums(builder: Any, rows: int) -> list[list[Any]]:
+    """Each row's sums, in registers, 0 at first."""
+    result = [[cgutils.alloca_once(builder, VF32) for _ in range(_SUMS)] for _ in range(rows)]
+    for total in (total for totals in result for total in totals):
+        builder.store(constant(0.0), total)
+    return result
+
+
+def _store_sums(builder: Any, result: list[list[Any]], out: Any, out_step: Any) -> None:
+    """Each row's sums, added up, to its output."""
+    for r, totals in enumerate(result):
+        total = builder.fadd(*(builder.load(each) for each in totals))
+        at = offset(builder, out, builder.mul(out_step, I64(4 * r)))
+        store(builder, reduce_tree(builder, total), at)
+
+
 def _dot_tile(rows: int) -> Any:
     """``rows`` rows times one weight row of the type of ``tag``.
 
@@ -50,10 +66,7 @@ def _dot_tile(rows: int) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _, base, length, left, left_step, target, target_step = args
-            result = [[cgutils.alloca_once(builder, VF32) for _ in range(_SUMS)] for _ in range(rows)]
-            for totals in result:
-                for total in totals:
-                    builder.store(constant(0.0), total)
+            result = _sums(builder, rows)
             row_x = [offset(builder, left, builder.mul(left_step, I64(4 * r))) for r in range(rows)]
 
             def add(k: Any, number: int) -> None:
@@ -73,10 +86,7 @@ def _dot_tile(rows: int) -> Any:
                     add(offset(builder, k, LANES * number), number)
             with cgutils.for_range_slice(builder, whole, length, I64(LANES), I64) as (k, _):
                 add(k, 0)
-            for r, totals in enumerate(result):
-                at = offset(builder, target, builder.mul(target_step, I64(4 * r)))
-                total = builder.fadd(*(builder.load(each) for each in totals))
-                store(builder, reduce_tree(builder, total), at)
+            _store_sums(builder, result, target, target_step)
             return context.get_dummy_value()
 
         return types.void(tag, *[types.int64] * 6), codegen
@@ -105,10 +115,7 @@ def _pair_tile(rows: int) -> Any:
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _, base, length, left, left_step, target, target_step = args
-            result = [[cgutils.alloca_once(builder, VF32) for _ in range(_SUMS)] for _ in range(rows)]
-            for totals in result:
-                for total in totals:
-                    builder.store(constant(0.0), total)
+            result = _sums(builder, rows)
             row_x = [offset(builder, left, builder.mul(left_step, I64(2 * r))) for r in range(rows)]
             twice, once = (builder.and_(length, I64(-each)) for each in (width * _SUMS, width))
             with cgutils.for_range_slice(builder, I64(0), twice, I64(width * _SUMS), I64) as (k, _):
@@ -128,10 +135,7 @@ def _pair_tile(rows: int) -> Any:
                 weight = rest(builder, offset(builder, base, at))
                 for row, totals in zip(row_x, result, strict=True):
                     add(builder, totals[1], weight, rest(builder, offset(builder, row, at)))
-            for r, totals in enumerate(result):
-                at = offset(builder, target, builder.mul(target_step, I64(4 * r)))
-                total = builder.fadd(*(builder.load(each) for each in totals))
-                store(builder, reduce_tree(builder, total), at)
+            _store_sums(builder, result, target, target_step)
             return context.get_dummy_value()
 
         return types.void(tag, *[types.int64] * 6), codegen

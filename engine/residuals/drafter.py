@@ -205,7 +205,7 @@ class GraphDrafter(TorchDrafter):
 
 def whole_blocks(draft_vocab: Tensor) -> Tensor:
     """The draft vocabulary ``[Vd]``, its last token repeated up to a multiple of 64: packed formats want that.
-    The first of equal logits wins, so the copies are never drafted."""
+    A copy stands for the same token, and is drafted at most where that token would be."""
     return F.pad(draft_vocab, (0, -len(draft_vocab) % 64), value=int(draft_vocab[-1]))
 
 
