@@ -151,6 +151,9 @@ def test_training_makes_it_name_better(
     recall = json.loads(path.with_suffix(".json").read_text())["measured"]["recall_by_lookahead"]
     for lookahead in (1, 2, 3):
         assert recall[f"stream {lookahead}"] > recall[f"next_gate {lookahead}"] + 0.05
+    assert recall["ridge_gate 1"] > recall["next_gate 1"] + 0.05
+    assert recall["next_token"] > 0.6 and recall["last_token"] > 0.6  # a tiny model repeats itself
+    assert load_stream(path, decoder).maps.fitted
     assert load_stream(path, decoder).config.rank == 16
     monkeypatch.setattr("engine.residuals.expert_tuning.tuned_dir", lambda: tmp_path / "none")
     assert find_stream(decoder) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from engine.experts.prediction.base import Predictor
 from engine.experts.prediction.draft_union import UnionDrafter
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.prediction.replay import AlwaysWrong, Oracle
+from engine.experts.prediction.ridge_gate import RidgeGate
 from engine.experts.prefetcher import Prefetcher
 from engine.experts.reader import Link
-from engine.experts.store import Key
+from engine.experts.store import Key, Shape
 from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
 from engine.models.stepper import Stepper, TorchStepper, make_stepper
@@ -50,7 +52,7 @@ class Model:
     def __init__(self, folder: Path, weight_format: str, make: Callable[[Decoder], Stepper]) -> None:
         self.folder, self.format, self.make = folder, weight_format, make
         self.resident = load_decoder(folder, weight_format)
-        with Tiers(self, NUM_LAYERS * NUM_EXPERTS, EVICTION_POLICIES["lru"]()) as tiers:
+        with Tiers(self, NUM_LAYERS * NUM_EXPERTS, EVICTION_POLICIES["lru"]) as tiers:
             tiers.cache.recording = []
             self.logits, self.tokens = write(make(tiers.decoder))
             self.trace = tuple(tiers.cache.recording)
@@ -65,7 +67,7 @@ class Tiers:
         self,
         model: Model,
         num_slots: int,
-        eviction: EvictionPolicy,
+        eviction: Callable[[Shape], EvictionPolicy],
         predictor: Callable[[Decoder], Predictor] | None = None,
         link: Link | None = None,
         num_threads: int = 2,
@@ -125,7 +127,7 @@ def check(model: Model, tiers: Tiers) -> None:
 @pytest.mark.parametrize("policy", EVICTION_POLICIES)
 @pytest.mark.parametrize("num_slots", [1, 2, 3, 7, NUM_LAYERS * NUM_EXPERTS])
 def test_output_does_not_depend_on_the_slots(model: Model, num_slots: int, policy: str) -> None:
-    with Tiers(model, num_slots, EVICTION_POLICIES[policy]()) as tiers:
+    with Tiers(model, num_slots, EVICTION_POLICIES[policy]) as tiers:
         check(model, tiers)
         slots = tiers.cache.store.layout.nbytes * num_slots
         assert tiers.cache.resident_bytes == slots
@@ -146,14 +148,18 @@ def predictors(model: Model) -> dict[str, Callable[[Decoder], Predictor]]:
 @pytest.mark.parametrize("num_slots", [1, 3, 8])
 def test_output_does_not_depend_on_predictions(model: Model, name: str, num_slots: int) -> None:
     """On a slow link, so that loads are late, overtake each other and are taken back."""
-    for policy, threads in ((EVICTION_POLICIES["lru"](), 1), (Belady(model.trace), 3)):
-        with Tiers(model, num_slots, policy, predictors(model)[name], SLOW, threads) as tiers:
-            check(model, tiers)
-            assert tiers.cache.stats.prefetch_used <= tiers.cache.stats.prefetch_issued
+    for policy, link, python in (("lru", SLOW, False), ("belady", None, False), ("lru", SLOW, True)):
+        eviction = partial(Belady, model.trace) if policy == "belady" else EVICTION_POLICIES[policy]
+        with pytest.MonkeyPatch.context() as patch:
+            if python:
+                patch.setattr("engine.experts.native_reader.find_spec", lambda name: None)
+            with Tiers(model, num_slots, eviction, predictors(model)[name], link, 3) as tiers:
+                check(model, tiers)
+                assert tiers.cache.stats.prefetch_used <= tiers.cache.stats.prefetch_issued
 
 
 def test_an_oracle_is_never_missed(model: Model) -> None:
-    with Tiers(model, 16, Belady(model.trace), predictors(model)["oracle"]) as tiers:
+    with Tiers(model, 16, partial(Belady, model.trace), predictors(model)["oracle"]) as tiers:
         check(model, tiers)
         stats = tiers.cache.stats
         first = [number for _, number in _of_layer(model, 0)]
@@ -163,7 +169,7 @@ def test_an_oracle_is_never_missed(model: Model) -> None:
 
 
 def test_a_wrong_predictor_is_never_right(model: Model) -> None:
-    with Tiers(model, 12, EVICTION_POLICIES["lru"](), predictors(model)["always wrong"]) as tiers:
+    with Tiers(model, 12, EVICTION_POLICIES["lru"], predictors(model)["always wrong"]) as tiers:
         check(model, tiers)
         assert tiers.cache.stats.prefetch_used == 0 < tiers.cache.stats.prefetch_issued
 
@@ -178,7 +184,7 @@ def test_output_does_not_depend_on_speculation(model: Model, num_slots: int, dra
         return expected[place] if place < len(expected) and place % 3 else 7
 
     for choose in (None, right_and_wrong, lambda place: 7):
-        with Tiers(model, num_slots, EVICTION_POLICIES["lru"](), lambda d: NextGate(d, 1)) as tiers:
+        with Tiers(model, num_slots, EVICTION_POLICIES["lru"], lambda d: NextGate(d, 1)) as tiers:
             stepper = model.make(tiers.decoder)
             drafter = make_drafter(stepper, accelerator(tiers.decoder))
             method = fixed(Scripted(drafter, choose) if choose else drafter, drafts)
@@ -188,9 +194,22 @@ def test_output_does_not_depend_on_speculation(model: Model, num_slots: int, dra
 
 
 @pytest.mark.parametrize("num_slots", [1, 6])
+def test_output_does_not_depend_on_the_ridge_gate(model: Model, num_slots: int) -> None:
+    """With maps that say anything, and the policy that listens to them."""
+    foreseen = EVICTION_POLICIES["foreseen"]
+    with Tiers(model, num_slots, foreseen, link=SLOW) as tiers:
+        maps, experts = random_stream(tiers.decoder).maps, tiers.decoder.config.experts
+        assert experts is not None
+        gate = RidgeGate(maps, experts.num_experts_per_tok, tiers.cache.eviction)
+        tiers.decoder.watch = Prefetcher(tiers.cache, gate, always=True).watch
+        check(model, tiers)
+        assert tiers.cache.stats.prefetch_issued > 0 or num_slots == 1
+
+
+@pytest.mark.parametrize("num_slots", [1, 6])
 def test_output_does_not_depend_on_the_accelerated_stream(model: Model, num_slots: int) -> None:
     """Alone, and with drafts whose experts the union map names."""
-    with Tiers(model, num_slots, EVICTION_POLICIES["least-stale"](), link=SLOW) as tiers:
+    with Tiers(model, num_slots, EVICTION_POLICIES["least-stale"], link=SLOW) as tiers:
         stream = random_stream(tiers.decoder)
         decoder = StreamedDecoder(tiers.decoder, stream)
         prefetcher = Prefetcher(tiers.cache, Accelerated(decoder), always=True)
@@ -211,22 +230,24 @@ def random_stream(decoder: Decoder) -> ExpertStream:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         stream = ExpertStream(ExpertStreamConfig(rank=4, draft_depth=1), decoder.config)
-        for parameter in (*stream.parameters(), stream.union):
+        for parameter in (*stream.parameters(), *stream.buffers()):
             torch.nn.init.normal_(parameter, std=0.1)
+        for error in (stream.maps.ahead_error, stream.maps.again_error):
+            error.fill_(0.3)
     return stream
 
 
 def test_belady_loads_least(model: Model) -> None:
     loaded = {}
-    for policy in (*(make() for make in EVICTION_POLICIES.values()), Belady(model.trace)):
+    for policy in (*EVICTION_POLICIES.values(), partial(Belady, model.trace)):
         with Tiers(model, 10, policy) as tiers:
             check(model, tiers)
-            loaded[policy.name] = tiers.cache.stats.bytes_loaded
+            loaded[tiers.cache.eviction.name] = tiers.cache.stats.bytes_loaded
     assert loaded["belady"] == min(loaded.values())
 
 
 def test_reads_may_bypass_the_file_cache(model: Model) -> None:
-    with Tiers(model, 2, EVICTION_POLICIES["lru"](), direct=True) as tiers:
+    with Tiers(model, 2, EVICTION_POLICIES["lru"], direct=True) as tiers:
         check(model, tiers)
 
 

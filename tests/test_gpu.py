@@ -184,7 +184,7 @@ def test_experts_on_the_gpu(home: Path, num_slots: int, host_share: float, weigh
     expected, _ = run(make_stepper(resident), None, 30)
     store = prepare_store(folder, weight_format, device=GPU)
     slots = DeviceSlots(store.layout, GPU, int(host_share * len(store.keys) * store.layout.nbytes))
-    cache = ExpertCache(store, num_slots, EVICTION_POLICIES["lru"](), slots=slots)
+    cache = ExpertCache(store, num_slots, EVICTION_POLICIES["lru"], slots=slots)
     try:
         decoder = resident.with_experts(lambda layer: LayerExperts(cache, layer))
         decoder.watch = Prefetcher(cache, NextGate(decoder), always=True).watch
@@ -219,5 +219,5 @@ def test_too_many_slots_for_the_gpu(home: Path) -> None:
     folder = tiny.save_model(home / "moe", "mixtral", num_hidden_layers=3)
     store = prepare_store(folder, "bf16", device=GPU)
     with pytest.raises(OutOfMemoryError, match="memory for the model's experts"):
-        ExpertCache(store, 1 << 24, EVICTION_POLICIES["lru"](), slots=DeviceSlots(store.layout, GPU))
+        ExpertCache(store, 1 << 24, EVICTION_POLICIES["lru"], slots=DeviceSlots(store.layout, GPU))
     store.close()

@@ -35,6 +35,7 @@ class Named:
     """Names these experts of the next layer."""
 
     name = "named"
+    informs = False
 
     def __init__(self, *numbers: int) -> None:
         self.numbers = numbers

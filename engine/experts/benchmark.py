@@ -134,7 +134,7 @@ def run_setting(
     usable = [
         lane
         for lane in chosen
-        if (lane.predictor != "accelerated" or stream is not None)
+        if (lane.predictor not in ("accelerated", "ridge-gate") or stream is not None)
         and (not lane.drafts or accelerator is not None)
     ]
     running = {

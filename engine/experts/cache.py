@@ -7,7 +7,7 @@ and gets each of them once it is whole, those in memory first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -16,9 +16,10 @@ import torch
 
 from engine.errors import OutOfMemoryError
 from engine.experts.eviction import EvictionPolicy
-from engine.experts.reader import DEMANDED, EXPECTED, Link, Load, Reader
+from engine.experts.native_reader import make_reader
+from engine.experts.reader import DEMANDED, EXPECTED, Link, Load
 from engine.experts.slots import HostSlots, Slot, SlotMaker
-from engine.experts.store import ExpertStore, Key
+from engine.experts.store import ExpertStore, Key, Shape
 from engine.metrics import ExpertStats
 from engine.models.feed_forward import FeedForward, Group
 
@@ -33,7 +34,6 @@ class _Entry:
     pins: int = 0  # layers that wait for it or compute with it
     expected: bool = False  # predicted; stays until its layer's turn
     ahead: bool = False  # loaded because it was predicted, and not used yet
-    last_turn: int = 0  # when its layer asked for it
 
 
 class ExpertCache:
@@ -47,7 +47,7 @@ class ExpertCache:
 
     Attributes:
         stats: counters since the cache was made.
-        uses: how often each expert was chosen, ``[layer, expert]`` int64.
+        uses: how often each expert was chosen, by layer and number.
         chosen: of each layer, what its router chose at its last turn.
         recording: a list that is given the layer and the experts of each turn, if somebody wants a trace.
 
@@ -59,15 +59,16 @@ class ExpertCache:
         self,
         store: ExpertStore,
         num_slots: int,
-        eviction: EvictionPolicy,
+        eviction: Callable[[Shape], EvictionPolicy],
         link: Link | None = None,
         num_threads: int = 2,
         slots: SlotMaker | None = None,
     ) -> None:
-        self.store, self.eviction = store, eviction
+        shape = store.index.shape
+        self.store, self.eviction = store, eviction(shape)
         self._slots = slots or HostSlots(store.layout)
         self.stats = ExpertStats()
-        self.uses = np.zeros((max(store.index.layers) + 1, store.index.num_experts), np.int64)
+        self.uses = [[0] * shape[1] for _ in range(shape[0])]
         self.chosen: dict[int, tuple[int, ...]] = {}
         self.recording: list[tuple[int, tuple[int, ...]]] | None = None
         self.num_slots = 0
@@ -76,12 +77,14 @@ class ExpertCache:
         self._expected: dict[int, list[_Entry]] = {}  # by layer
         self._failed: dict[Key, Exception] = {}
         self._upcoming: list[Key] = []
-        self._turn, self._last_layer = 0, -1
-        self._leaving: list[Key] = []  # in the order in which they may leave, the first at the end
-        self._ranked = -1  # the turn when that was found out
-        self._changed = threading.Condition()
-        self.resize(num_slots)
-        self._reader = Reader(store, self._done, num_threads, link, self._slots.keeps_pieces)
+        self._may_leave = np.zeros(shape, np.bool_)  # in memory, and nobody uses or expects it
+        self._lock = threading.Lock()
+        self._reader = make_reader(store, self._slots, num_threads, link)
+        try:
+            self.resize(num_slots)
+        except OutOfMemoryError:
+            self._reader.close()
+            raise
 
     def fetch(self, layer: int, numbers: Sequence[int]) -> Iterator[Group]:
         """The experts ``numbers`` of ``layer`` in groups: those in memory, none perhaps, then the others as they come.
@@ -97,26 +100,30 @@ class ExpertCache:
         try:
             while True:
                 yield [(key[1], self._entries[key].slot.expert) for key in ready]
-                with self._changed:
+                with self._lock:
                     for key in ready:
-                        self._entries[key].pins -= 1
-                        self._entries[key].slot.release()
+                        entry = self._entries[key]
+                        entry.pins -= 1
+                        entry.slot.release()
+                        self._note(entry)
                         held.remove(key)
                     self._start(missing, waiting, held)
                 if not waiting and not missing:
                     return
                 ready = self._wait(waiting, missing, held)
         finally:
-            with self._changed:
+            with self._lock:
                 for key in held:
-                    if key in self._entries:
-                        self._entries[key].pins -= 1
+                    if (entry := self._entries.get(key)) is not None:
+                        entry.pins -= 1
+                        self._note(entry)
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Experts that a layer to come will probably want: those in memory stay, the others are loaded as far as
         slots can be had without what else is expected."""
         keys = list(keys)
-        with self._changed:
+        with self._lock:
+            self._take_in()
             absent = []
             for key in keys:
                 if (entry := self._entries.get(key)) is not None:
@@ -140,7 +147,7 @@ class ExpertCache:
         Raises:
             OutOfMemoryError: there is no memory for more.
         """
-        with self._changed:
+        with self._lock:
             try:
                 self._free += self._slots.make(max(0, num_slots - self.num_slots))
                 self.num_slots = max(self.num_slots, num_slots)
@@ -170,7 +177,7 @@ class ExpertCache:
 
     def residents(self) -> list[Key]:
         """The experts in memory now."""
-        with self._changed:
+        with self._lock:
             return [key for key, entry in self._entries.items() if entry.ready]
 
     def stop(self) -> None:
@@ -187,17 +194,15 @@ class ExpertCache:
         missing: list[Key] = []
         waiting: list[Key] = []
         numbers = tuple(number for _, number in keys)
-        with self._changed:
+        with self._lock:
+            self._take_in()
             self._failed.clear()
             if self.recording is not None:
                 self.recording.append((layer, numbers))
-            self.uses[layer, list(numbers)] += 1
+            for number in numbers:
+                self.uses[layer][number] += 1
             self.chosen[layer] = numbers
             self.eviction.used(layer, numbers)
-            self._turn += 1
-            if layer <= self._last_layer:
-                self._leaving.clear()  # a new pass: what is worth keeping has changed
-            self._last_layer = layer
             for key in keys:
                 entry = self._entries.get(key)
                 if entry is None:
@@ -205,18 +210,16 @@ class ExpertCache:
                     missing.append(key)
                     continue
                 entry.pins += 1
-                entry.last_turn = self._turn
                 self.stats.prefetch_used += entry.ahead
                 entry.expected = entry.ahead = False
+                self._note(entry)
                 if entry.ready:
                     self.stats.expert_hits += 1
                 else:
                     self.stats.expert_late += 1
                     waiting.append(key)
                     self._reader.hurry(entry.load)
-            # A layer's turn is over for what was expected of it and not wanted.
-            for entry in self._expected.pop(layer, ()):
-                entry.expected = False
+            self._end_expectations(layer)
             self._start(missing, waiting, set())
         upcoming, self._upcoming = self._upcoming, []
         self.prefetch(upcoming)
@@ -236,18 +239,18 @@ class ExpertCache:
     def _wait(self, waiting: list[Key], missing: list[Key], held: set[Key]) -> list[Key]:
         """Until at least one of ``waiting`` is there; returns those, and takes them off the list."""
         began = perf_counter()
-        with self._changed:
-            while True:
+        while True:
+            with self._lock:
+                self._take_in()
                 for key in waiting:
                     if key in self._failed:
                         raise self._failed.pop(key)
-                ready = [key for key in waiting if self._entries[key].ready]
-                if ready:
+                if ready := [key for key in waiting if self._entries[key].ready]:
                     break
                 self._start(missing, waiting, held)
-                self._changed.wait()
-            for key in ready:
-                waiting.remove(key)
+            self._reader.wait()
+        for key in ready:
+            waiting.remove(key)
         self.stats.stall_seconds += perf_counter() - began
         return ready
 
@@ -262,7 +265,19 @@ class ExpertCache:
 
     def _expect(self, entry: _Entry) -> None:
         entry.expected = True
+        self._note(entry)
         self._expected.setdefault(entry.load.key[0], []).append(entry)
+
+    def _end_expectations(self, layer: int) -> None:
+        """The layer's turn has come: what was expected of it and is not wanted may leave, and is not loaded any more
+        if that has not begun."""
+        for entry in self._expected.pop(layer, ()):
+            if entry.expected:
+                entry.expected = False
+                self._note(entry)
+                if not entry.ready and self._reader.cancel(entry.load):
+                    self._free.append(self._leave(entry.load.key))
+                    self.stats.prefetch_issued -= 1
 
     def _take_slot(self, urgency: int) -> Slot | None:
         """A slot that nobody needs any more; for a demanded expert also one of those that were expected."""
@@ -271,50 +286,47 @@ class ExpertCache:
         key = self._first_to_leave()
         if key is None and urgency == DEMANDED:
             idle = [key for key, entry in self._entries.items() if entry.ready and not entry.pins]
-            key = min(idle, key=self.eviction.worth, default=None)
+            key = min(idle, key=lambda key: self.eviction.worth[key], default=None)
         if key is not None:
-            return self._entries.pop(key).slot
+            return self._leave(key)
         if urgency == DEMANDED:
             for key, entry in self._entries.items():
                 if not entry.ready and not entry.pins and self._reader.cancel(entry.load):
-                    return self._entries.pop(key).slot
+                    self.stats.prefetch_issued -= 1
+                    return self._leave(key)
         return None
 
     def _first_to_leave(self) -> Key | None:
-        """The least worthy of those in memory that nobody uses or expects.
+        """The least worthy of those in memory that nobody uses or expects."""
+        candidates = np.flatnonzero(self._may_leave)
+        if not len(candidates):
+            return None
+        place = candidates[self.eviction.worth.ravel()[candidates].argmin()]
+        layer, number = divmod(int(place), self._may_leave.shape[1])
+        return layer, number
 
-        They are ranked once for many: to rank all of them for each one that leaves would take longer than to
-        load it. Whoever was used since then has become worth more, and is passed over.
-        """
-        while True:
-            while self._leaving:
-                key = self._leaving.pop()
-                entry = self._entries.get(key)
-                if entry is not None and self._may_leave(entry) and entry.last_turn <= self._ranked:
-                    return key
-            candidates = [key for key, entry in self._entries.items() if self._may_leave(entry)]
-            if not candidates:
-                return None
-            self._leaving = sorted(candidates, key=self.eviction.worth, reverse=True)
-            self._ranked = self._turn
+    def _leave(self, key: Key) -> Slot:
+        entry = self._entries.pop(key)
+        entry.expected = self._may_leave[key] = False
+        return entry.slot
 
-    @staticmethod
-    def _may_leave(entry: _Entry) -> bool:
-        return entry.ready and not entry.pins and not entry.expected
+    def _note(self, entry: _Entry) -> None:
+        """To be called whenever that may have changed."""
+        self._may_leave[entry.load.key] = entry.ready and not entry.pins and not entry.expected
 
-    def _done(self, load: Load, error: Exception | None) -> None:
-        with self._changed:
+    def _take_in(self) -> None:
+        """Note which loads have ended."""
+        for load, error in self._reader.ended():
             entry = self._entries[load.key]
             if error is None:
                 entry.ready = True
+                self._note(entry)
                 self.stats.bytes_loaded += self.store.layout.nbytes
             else:
                 # A demanded expert's failure is told; one that was only expected is tried again on demand.
-                del self._entries[load.key]
-                self._free.append(entry.slot)
+                self._free.append(self._leave(load.key))
                 if entry.pins:
                     self._failed[load.key] = error
-            self._changed.notify_all()
 
 
 class LayerExperts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -23,6 +24,7 @@ from engine.experts.prediction.base import Predictor
 from engine.experts.prediction.draft_union import UnionDrafter
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.prediction.replay import Oracle
+from engine.experts.prediction.ridge_gate import RidgeGate
 from engine.experts.prefetcher import Prefetcher
 from engine.experts.reader import Link
 from engine.experts.store import ExpertStore
@@ -46,7 +48,7 @@ class Lane:
         slots: share of all experts that are in memory; 0: what one layer needs for a token; None: no cache, all
             experts are resident or computed where they lie.
         policy: an eviction policy's name, or ``belady``.
-        predictor: ``next-gate``, ``accelerated`` or ``oracle``; None: nothing is loaded ahead.
+        predictor: ``next-gate``, ``ridge-gate``, ``accelerated`` or ``oracle``; None: nothing is loaded ahead.
         drafts: whether tokens are drafted, with the experts of drafts loaded ahead.
         in_place: experts are computed from the mapped store.
     """
@@ -70,10 +72,11 @@ def lanes(share: float) -> tuple[Lane, ...]:
         Lane("lfu", share, "lfu"),
         Lane("least-stale", share, "least-stale"),
         Lane("next-gate, lru", share, "lru", "next-gate"),
-        Lane("next-gate, least-stale", share, "least-stale", "next-gate"),
-        Lane("accelerated, lru", share, "lru", "accelerated"),
-        Lane("accelerated, least-stale", share, "least-stale", "accelerated"),
-        Lane("draft union, least-stale", share, "least-stale", "accelerated", drafts=True),
+        Lane("next-gate, lfu", share, "lfu", "next-gate"),
+        Lane("accelerated, lfu", share, "lfu", "accelerated"),
+        Lane("ridge-gate, lfu", share, "lfu", "ridge-gate"),
+        Lane("ridge-gate, foreseen", share, "foreseen", "ridge-gate"),
+        Lane("draft union, lfu", share, "lfu", "accelerated", drafts=True),
         Lane("oracle bound", share, "belady", "oracle"),
         Lane("in place", in_place=True),
         RESIDENT,
@@ -124,7 +127,7 @@ class RunningLane:
             self._decoder = resident.with_experts(lambda layer: MappedExperts(store, layer))
         elif lane.slots is not None:
             num_slots = max(experts.num_experts_per_tok, round(lane.slots * len(store.keys)))
-            eviction = EVICTION_POLICIES[lane.policy]() if lane.policy != "belady" else Belady(())
+            eviction = partial(Belady, ()) if lane.policy == "belady" else EVICTION_POLICIES[lane.policy]
             cache = self.cache = ExpertCache(store, num_slots, eviction, link)
             self._decoder = resident.with_experts(lambda layer: LayerExperts(cache, layer))
         predictor: Predictor | None = None
@@ -134,6 +137,9 @@ class RunningLane:
             predictor = Accelerated(streamed)
         elif lane.predictor == "next-gate":
             predictor = NextGate(self._decoder)
+        elif lane.predictor == "ridge-gate":
+            assert stream is not None and self.cache is not None
+            predictor = RidgeGate(stream.maps, experts.num_experts_per_tok, self.cache.eviction)
         if predictor is not None and self.cache is not None:
             self._decoder.watch = Prefetcher(self.cache, predictor, always=True).watch
         self._stepper = make_stepper(self._decoder)
@@ -148,7 +154,7 @@ class RunningLane:
         decoder, cache = self._decoder, self.cache
         if cache is not None:
             if self.lane.policy == "belady":
-                cache.eviction = Belady(trace)
+                cache.eviction = Belady(trace, cache.store.index.shape)
             if self.lane.predictor == "oracle":
                 decoder.watch = Prefetcher(cache, Oracle(trace, _ORACLE_LOOKAHEAD), always=True).watch
         kv = decoder.new_cache(len(ids) + num_tokens + 8)
@@ -179,7 +185,7 @@ def record_trace(
     resident: Decoder, store: ExpertStore, ids: Sequence[int], num_tokens: int
 ) -> tuple[list[tuple[int, tuple[int, ...]]], tuple[int, ...]]:
     """What the routers choose for a prompt and its greedy continuation, turn by turn, and the continuation."""
-    cache = ExpertCache(store, len(store.keys), EVICTION_POLICIES["lru"]())
+    cache = ExpertCache(store, len(store.keys), EVICTION_POLICIES["lru"])
     try:
         cache.recording = []
         decoder = resident.with_experts(lambda layer: LayerExperts(cache, layer))

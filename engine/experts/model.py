@@ -18,9 +18,12 @@ from engine.experts.blob import BlobLayout
 from engine.experts.cache import ExpertCache, LayerExperts
 from engine.experts.conversion import reopen, write_store
 from engine.experts.eviction import EVICTION_POLICIES
+from engine.experts.eviction.foreseen import LeastForeseen
 from engine.experts.memory_guard import MemoryGuard
 from engine.experts.planner import MemoryPlan
+from engine.experts.prediction.base import Predictor
 from engine.experts.prediction.next_gate import NextGate
+from engine.experts.prediction.ridge_gate import RidgeGate
 from engine.experts.prefetcher import Prefetcher
 from engine.experts.report import ExpertReport
 from engine.experts.slots import slot_maker
@@ -66,7 +69,7 @@ class ExpertTiers:
         return ExpertReport(
             layers=index.layers,
             resident=tuple(tuple((layer, number) in held for number in numbers) for layer in index.layers),
-            uses=tuple(tuple(cache.uses[layer].tolist()) for layer in index.layers),
+            uses=tuple(tuple(cache.uses[layer]) for layer in index.layers),
             num_slots=cache.num_slots,
             expert_bytes=cache.store.layout.nbytes,
             stats=replace(cache.stats),
@@ -136,13 +139,23 @@ def load_with_tiers(
     target = torch.device(device)
     store = prepare_store(path, weight_format, on_progress, cancel, device=target)
     slots = slot_maker(store, target, plan.host)
-    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lru"](), slots=slots)
+    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lfu"], slots=slots)
     decoder = load_decoder(path, weight_format, target, on_share, lambda layer: LayerExperts(cache, layer))
-    # Of all that was measured this is the fastest (assets/results/README.md): the accelerated stream names more of the
-    # experts in time, but its row costs more than that saves.
-    tiers = ExpertTiers(cache, Prefetcher(cache, NextGate(decoder)), plan)
+    tiers = ExpertTiers(cache, Prefetcher(cache, _predictor(decoder, cache)), plan)
     decoder.watch = tiers.watch
     return decoder, tiers
+
+
+def _predictor(decoder: Decoder, cache: ExpertCache) -> Predictor:
+    """What of all that was measured is the fastest (assets/results/README.md): the ridge gate, if it was fitted for this
+    model, else the next gate. The accelerated stream names fewer experts than the first, and its row costs more."""
+    from engine.residuals.expert_tuning import find_stream
+
+    stream, experts = find_stream(decoder), decoder.config.experts
+    if stream is None or experts is None or not stream.maps.fitted:
+        return NextGate(decoder)
+    cache.eviction = foreseen = LeastForeseen(cache.store.index.shape)
+    return RidgeGate(stream.maps.to(decoder.device), experts.num_experts_per_tok, foreseen)
 
 
 def layout_facts(layout: BlobLayout, device: torch.device = _CPU) -> dict[str, Any]:

@@ -68,8 +68,10 @@ class Prefetcher:
             self._began = now
         self._latest = now
         self._last_layer, self._num_rows = layer, len(rows)
+        if self.active or self.predictor.informs:
+            named = self.predictor.predict(layer, rows)
         if self.active:
-            keys = self._worthwhile(self.predictor.predict(layer, rows))
+            keys = self._worthwhile(named)
             if layer in self._cache.store.index.layers:
                 self._cache.expect(keys)  # what this layer itself asks for comes first
             else:

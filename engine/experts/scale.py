@@ -40,7 +40,7 @@ from engine.progress import Progress
 from engine.quantization import get_format
 from engine.threads import use_threads
 
-LANES = ("next-gate", "lru", "on-demand", "resident")
+LANES = ("next-gate", "lfu", "lru", "on-demand", "resident")
 
 
 def main(argv: list[str]) -> int:
@@ -90,7 +90,8 @@ class _Lane:
         alone: bool,
     ) -> None:  # fmt: skip
         num_slots = {"on-demand": plan.least_slots, "resident": plan.num_experts}.get(name, plan.num_slots)
-        cache = ExpertCache(store, num_slots, EVICTION_POLICIES["lru"](), slots=slots)
+        policy = "lru" if name == "lru" else "lfu"
+        cache = ExpertCache(store, num_slots, EVICTION_POLICIES[policy], slots=slots)
         decoder = dense.with_experts(lambda layer: LayerExperts(cache, layer))
         prefetcher = Prefetcher(cache, NextGate(decoder)) if name == "next-gate" else None
         self.name, self.tiers = name, ExpertTiers(cache, prefetcher, plan if alone else None)

@@ -63,13 +63,16 @@ class HostSlots:
         self._layout = layout
 
     def make(self, count: int) -> list[Slot]:
-        return [_HostSlot(self._layout) for _ in range(count)]
+        return [HostSlot(self._layout) for _ in range(count)]
 
 
-class _HostSlot:
+class HostSlot:
+    """A place in RAM, at ``address``."""
+
     def __init__(self, layout: BlobLayout) -> None:
         blob = page_aligned(layout.nbytes)
         self._bytes = view_bytes(blob)
+        self.address = blob.data_ptr()
         self.expert = layout.view(blob)
 
     def buffer(self, key: Key) -> tuple[memoryview, bool]:

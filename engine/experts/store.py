@@ -19,6 +19,7 @@ from engine.errors import ExpertStoreError
 from engine.experts.blob import BlobLayout, checksum
 
 Key: TypeAlias = tuple[int, int]  # layer and expert
+Shape: TypeAlias = tuple[int, int]  # of an array with a place for each: layers, dense ones among them, and experts
 MAGIC = b"SLIPEXPT"
 
 
@@ -31,6 +32,11 @@ class StoreIndex:
     blob_bytes: int
     checksums: tuple[int, ...]  # of the blobs, layer by layer
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> Shape:
+        """Of arrays over all experts."""
+        return max(self.layers) + 1, self.num_experts
 
     def encode(self) -> bytes:
         """What lies behind the blobs."""
@@ -49,6 +55,9 @@ class ExpertStore:
     Args:
         direct: bypass the system's file cache, where it can be (Linux). For measurements: the cache only
             ever helps.
+
+    Attributes:
+        descriptor: of the open file.
 
     Raises:
         ExpertStoreError: the file is missing, cut short, damaged, or of another model, format or version.
@@ -71,7 +80,7 @@ class ExpertStore:
         self.direct = direct and hasattr(os, "O_DIRECT")
         try:
             flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | (os.O_DIRECT if self.direct else 0)
-            self._descriptor = os.open(file, flags)
+            self.descriptor = os.open(file, flags)
         except OSError as error:
             raise unreadable(file) from error
 
@@ -80,16 +89,20 @@ class ExpertStore:
         """All experts, in the order in which they lie."""
         return tuple(self._numbers)
 
+    def offset(self, key: Key) -> int:
+        """Where in the file an expert's blob begins."""
+        return self._numbers[key] * self.index.blob_bytes
+
     def read(self, key: Key, blob: memoryview, begin: int, end: int) -> None:
         """Bytes ``begin .. end`` of an expert's blob into the same place of ``blob``.
 
         Raises:
             ExpertStoreError: the disk or the file cannot be read.
         """
-        offset = self._numbers[key] * self.index.blob_bytes
+        offset = self.offset(key)
         try:
             while begin < end:
-                count = _read_at(self._descriptor, blob[begin:end], offset + begin)
+                count = _read_at(self.descriptor, blob[begin:end], offset + begin)
                 if count == 0:
                     raise unreadable(self.file)
                 begin += count
@@ -116,9 +129,9 @@ class ExpertStore:
 
     def close(self) -> None:
         """Closing twice is harmless."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def read_index(file: Path) -> StoreIndex:

@@ -49,15 +49,21 @@ class Program:
     copy_slot: Callable[[int, int, int, int], None]  # control block, layers, source, target
 
 
+@dataclass(frozen=True)
+class Loads:
+    """The entry points of :func:`engine.kernels.loads.native_code`. ``serve`` and ``wait`` run without the interpreter
+    lock."""
+
+    serve: Callable[[int], None]  # control block
+    submit: Callable[[int, int, int], None]  # control block, entry, urgency
+    cancel: Callable[[int, int], None]  # control block, entry
+    wait: Callable[[int, int], None]  # control block, how many loads were seen to have ended
+
+
 @cache
 def load_program(kinds: Kinds) -> Program:
     """The code for ``kinds``, once for the process."""
-    file = _file(kinds)
-    objects = _read(file)
-    if objects is None and _compile_apart(kinds):
-        objects = _read(file)
-    if objects is None:
-        objects = _compile(kinds)
+    objects = _objects(astuple(kinds))
     return Program(
         _link(*objects["work"], ctypes.CFUNCTYPE, 3),
         _link(*objects["publish"], ctypes.PYFUNCTYPE, 1),
@@ -65,13 +71,41 @@ def load_program(kinds: Kinds) -> Program:
     )
 
 
-def _file(kinds: Kinds) -> Path:
-    return _folder() / f"{'-'.join(astuple(kinds))}.o"
+@cache
+def load_loads() -> Loads:
+    """The code that reads experts, once for the process.
+
+    Raises:
+        OSError: this system has no ``pread``.
+    """
+    register_symbols()
+    if _c_function("pread") is None:
+        raise OSError("there is no pread")
+    objects = _objects(("loads",))
+    return Loads(
+        _link(*objects["serve"], ctypes.CFUNCTYPE, 1),
+        _link(*objects["submit"], ctypes.PYFUNCTYPE, 3),
+        _link(*objects["cancel"], ctypes.PYFUNCTYPE, 2),
+        _link(*objects["wait"], ctypes.CFUNCTYPE, 2),
+    )
 
 
-def _compile_apart(kinds: Kinds) -> bool:
+def _objects(names: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:
+    """Object code, compiled if it is not on the disk: ``loads``, or what :class:`Kinds` names."""
+    file = _file(names)
+    objects = _read(file)
+    if objects is None and _compile_apart(names):
+        objects = _read(file)
+    return _compile(names) if objects is None else objects
+
+
+def _file(names: tuple[str, ...]) -> Path:
+    return _folder() / f"{'-'.join(names)}.o"
+
+
+def _compile_apart(names: tuple[str, ...]) -> bool:
     """Compile in a process of its own: here it would hold the interpreter lock, and much memory to the end."""
-    command = [sys.executable, "-m", "engine.kernels.native", *astuple(kinds)]
+    command = [sys.executable, "-m", "engine.kernels.native", *names]
     quiet = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # on Windows
     try:
         done = subprocess.run(
@@ -86,13 +120,18 @@ def _compile_apart(kinds: Kinds) -> bool:
     return done.returncode == 0
 
 
-def _compile(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
+def _compile(names: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:
     """Compile, and keep what came out if possible."""
-    from engine.kernels.program import native_code
-
     register_symbols()
-    objects = native_code(kinds)
-    _write(_file(kinds), objects)
+    if names == ("loads",):
+        from engine.kernels import loads
+
+        objects = loads.native_code()
+    else:
+        from engine.kernels import program
+
+        objects = program.native_code(Kinds(*names))
+    _write(_file(names), objects)
     return objects
 
 
@@ -136,7 +175,7 @@ def _write(file: Path, objects: dict[str, tuple[str, bytes]]) -> None:
 
 @cache
 def register_symbols() -> None:
-    """Give compiled code the operating system's yield; needed before anything is compiled or linked."""
+    """Give compiled code what it asks of the operating system; needed before anything is compiled or linked."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
@@ -148,9 +187,26 @@ def register_symbols() -> None:
 
         numba.core.registry.cpu_target.target_context  # noqa: B018
     else:
-        function = ctypes.CDLL(None).sched_yield
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    llvm.add_symbol("slipstream_give_way", address)
+        function = _c_function("sched_yield")
+        for name, own in _POSIX.items():
+            if (found := _c_function(own)) is not None:
+                llvm.add_symbol(f"slipstream_{name}", ctypes.cast(found, ctypes.c_void_p).value)
+    llvm.add_symbol("slipstream_give_way", ctypes.cast(function, ctypes.c_void_p).value)
+
+
+def _c_function(name: str) -> Any:
+    """A function of the C library; None where there is none such."""
+    return None if sys.platform == "win32" else getattr(ctypes.CDLL(None), name, None)
+
+
+# What reading experts takes, by the names that its code knows it by.
+_POSIX = {
+    "pread": "pread",
+    "read": "read",
+    "write": "write",
+    "clock": "clock_gettime",
+    "sleep": "nanosleep",
+}
 
 
 _engines: list[Any] = []  # what owns the linked code
@@ -173,4 +229,4 @@ def _link(symbol: str, code: bytes, convention: Callable[..., Any], arguments: i
 
 
 if __name__ == "__main__":
-    _compile(Kinds(*sys.argv[1:]))
+    _compile(tuple(sys.argv[1:]))

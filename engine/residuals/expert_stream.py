@@ -27,6 +27,7 @@ from engine.models.decoder import Decoder, rms_norm
 from engine.models.feed_forward import MixtureOfExperts, Route
 from engine.residuals.accelerator import LowRank, unit_rms
 from engine.residuals.corpus import causal_attention
+from engine.residuals.router_maps import RouterMaps
 
 _SPREAD = 2.0  # of router logits, at least, when their distributions are compared
 
@@ -64,6 +65,7 @@ class ExpertStream(nn.Module):
         first: the first layer that it runs through, the one before the first with experts.
         sparse: the layers with experts.
         union: the union map, ``[sparse layers * E, 2 D]``.
+        maps: what needs no stream, see :mod:`engine.residuals.router_maps`.
     """
 
     union: Tensor
@@ -74,6 +76,7 @@ class ExpertStream(nn.Module):
         assert model.experts is not None
         self.sparse = [layer for layer in range(model.num_layers) if model.is_sparse(layer)]
         self.first = max(0, self.sparse[0] - 1)
+        self.maps = RouterMaps(model)
         size = len(self.sparse) * model.experts.num_experts
         self.register_buffer("union", torch.zeros(size, 2 * model.hidden_size))
         self.layers = nn.ModuleList(
@@ -118,17 +121,21 @@ class SlowPass:
 
     Attributes:
         before: states before each layer, ``[B, T, D]``.
+        middle: states between each layer's attention and its feed-forward part, ``[B, T, D]``.
         keys, values: per layer, rotated.
         routes: per layer, of all positions; None in dense layers.
+        logits: per layer the router's, float32 ``[B, T, E]``; None in dense layers.
         shares: per layer the router's distribution, sharpened, ``[B, T, E]``; None in dense layers.
         sharpness: per layer, what logits are multiplied by before the softmax; 1 in dense layers.
         final: final states of unit RMS, ``[B, T, D]``.
     """
 
     before: list[Tensor]
+    middle: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
     routes: list[Route | None]
+    logits: list[Tensor | None]
     shares: list[Tensor | None]
     sharpness: list[float]
     cos: Tensor
@@ -143,11 +150,12 @@ def run_slow(decoder: Decoder, tokens: Tensor) -> SlowPass:
     decoder.rope.ensure(tokens.shape[1])
     cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None])
     hidden = decoder.embed(tokens)
-    found = SlowPass([], [], [], [], [], [], cos, sin, hidden)
+    found = SlowPass([], [], [], [], [], [], [], [], cos, sin, hidden)
     for index, layer in enumerate(decoder.layers):
         found.before.append(hidden)
         q, k, v = decoder.project_qkv(index, rms_norm(hidden, layer.attn_norm, config.norm_eps), cos, sin)
         hidden = hidden + layer.o(causal_attention(q, k, v))
+        found.middle.append(hidden)
         x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
         found.keys.append(k)
         found.values.append(v)
@@ -159,11 +167,13 @@ def run_slow(decoder: Decoder, tokens: Tensor) -> SlowPass:
             # Which experts win counts, not how much they weigh: a router that hardly tells them apart in its
             # weights would teach nothing.
             sharpness = max(1.0, _SPREAD / float(logits.std(dim=-1).mean()))
+            found.logits.append(logits)
             found.shares.append((sharpness * logits).softmax(dim=-1))
             found.sharpness.append(sharpness)
             hidden = hidden + layer.ffn.mix(rows, *route).view(x.shape)
         else:
             found.routes.append(None)
+            found.logits.append(None)
             found.shares.append(None)
             found.sharpness.append(1.0)
             hidden = hidden + layer.ffn(x)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from engine.atomic import replacing
 from engine.errors import AdapterError, InvalidRequestError
-from engine.models.decoder import Decoder, rms_norm
+from engine.models.decoder import Decoder
 from engine.progress import Progress
 from engine.residuals.adapter_file import SHIPPED, fingerprint, tuned_dir
-from engine.residuals.corpus import Sequences, causal_attention
+from engine.residuals.corpus import Sequences
 from engine.residuals.expert_stream import (
     ExpertStream,
     ExpertStreamConfig,
@@ -34,12 +34,14 @@ from engine.residuals.expert_stream import (
     run_slow,
     run_stream,
 )
+from engine.residuals.router_maps import RouterFit
 from engine.residuals.stages import EVALUATE, INITIALISE, TRAIN, Runner
 from engine.residuals.training import BatchOrder, Trainer
 from engine.residuals.tuning import Prepared, TuneRequest, check, prepare
 from engine.residuals.tuning_store import Store, TuningStoppedError, cut, in_groups
 
 _UNION_TOKENS = 16384
+_AGAIN, _REPEATED = "next_token", "last_token"
 FOLDER = "experts"  # beside the drafting accelerators
 _log = logging.getLogger(__name__)
 
@@ -75,6 +77,7 @@ def tune_stream(
             stream = ExpertStream(config, decoder.config)
         began = time.monotonic()
         _fit_union(stream, prepared, runner)
+        _fit_maps(stream, prepared, store, runner)
         _train(stream, prepared, request.steps, store, runner)
         measured = measure(stream, decoder, prepared.held_out, runner, store)
         training = {
@@ -101,6 +104,21 @@ def _fit_union(stream: ExpertStream, prepared: Prepared, runner: Runner) -> None
         inside = torch.arange(some.tokens.shape[1]) < some.lengths[:, None]
         fit.add(run_slow(prepared.decoder, some.tokens.long()), inside)
         meter.report(index + 1)
+    fit.solve()
+
+
+def _fit_maps(stream: ExpertStream, prepared: Prepared, store: Store, runner: Runner) -> None:
+    """On all of the text."""
+    sequences = prepared.corpus.sequences
+    groups, fit = in_groups(sequences, prepared.training.tokens_per_batch), RouterFit(stream.maps)
+
+    def step(index: int) -> str:
+        some = cut(sequences, groups[index])
+        slow = run_slow(prepared.decoder, some.tokens.long())
+        fit.add(slow.middle, slow.logits, some.lengths)
+        return ""
+
+    runner.run(INITIALISE, store, "router-maps", len(groups), step, fit.state, fit.restore)
     fit.solve()
 
 
@@ -149,11 +167,21 @@ def measure(
         slow = run_slow(decoder, sequences.tokens.long())
         place = torch.arange(sequences.tokens.shape[1])
         inside = (place >= sequences.prompt_lengths[:, None]) & (place < sequences.lengths[:, None])
-        depth = stream.config.draft_depth
+        depth, maps = stream.config.draft_depth, stream.maps
         union = stream.union_logits(slow.before[depth], slow.final)
         found = {
             "stream": run_stream(stream, decoder, slow),
             "next_gate": _next_gate(stream, decoder, slow),
+            "ridge_gate": {
+                (layer - 1, layer): maps.inputs(slow.middle[layer - 1]) @ maps.ahead[place].T
+                for place, layer in enumerate(maps.sparse)
+                if layer
+            },
+            _REPEATED: {(layer, layer): _earlier(slow.logits[layer]) for layer in maps.sparse},
+            _AGAIN: {
+                (layer, layer): _earlier(maps.inputs(slow.middle[layer]) @ maps.again[place].T)
+                for place, layer in enumerate(maps.sparse)
+            },
             "union": {(depth, layer): union[..., n, :] for n, layer in enumerate(stream.sparse)},
         }
         for name, predictions in found.items():
@@ -162,7 +190,7 @@ def measure(
                 assert shares is not None
                 chosen = shares[inside].topk(k, dim=-1).indices
                 named = logits[inside].topk(k, dim=-1).indices
-                key = f"{name} {target - source}" if name != "union" else name
+                key = f"{name} {target - source}" if target > source and name != "union" else name
                 hits[key] += float((chosen[:, :, None] == named[:, None]).sum())
                 counts[key] += chosen.numel()
         return ""
@@ -178,9 +206,16 @@ def measure(
     runner.run(EVALUATE, store, "measured", len(groups), step, state, restore)
     return {
         "recall_by_lookahead": {name: hits[name] / counts[name] for name in sorted(counts)},
-        "note": f"Share of the {k} experts chosen that are among the {k} named, on held-out text; of the union map over "
-        "all layers, given the model's own final states.",
+        "note": f"Share of the {k} experts chosen that are among the {k} named, on held-out text, by layers ahead; of the "
+        f"union map over all layers, given the model's own final states. {_AGAIN}: named by the ridge gate while the last "
+        f"token is in the layer; {_REPEATED}: those that the last token was given.",
     }
+
+
+def _earlier(logits: Tensor | None) -> Tensor:
+    """What was said at each position's last one."""
+    assert logits is not None
+    return logits.roll(1, dims=1)
 
 
 def _next_gate(stream: ExpertStream, decoder: Decoder, slow: SlowPass) -> dict[tuple[int, int], Tensor]:
@@ -190,11 +225,7 @@ def _next_gate(stream: ExpertStream, decoder: Decoder, slow: SlowPass) -> dict[t
         target = stream.target(index)
         if target is None:
             continue
-        layer, config = decoder.layers[index], decoder.config
-        x = rms_norm(slow.before[index], layer.attn_norm, config.norm_eps)
-        q, k, v = decoder.project_qkv(index, x, slow.cos, slow.sin)
-        state = slow.before[index] + layer.o(causal_attention(q, k, v))
-        found[index, target] = stream.router_logits(decoder, target, state)
+        found[index, target] = stream.router_logits(decoder, target, slow.middle[index])
     return found
 
 

@@ -6,13 +6,14 @@ It needs the future, so it replays a trace that an earlier run of the same reque
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections import defaultdict
 from collections.abc import Sequence
 
-from engine.experts.store import Key
+import numpy as np
+
+from engine.experts.store import Key, Shape
 
 Trace = Sequence[tuple[int, Sequence[int]]]  # of each layer's turn: the layer, and what its router chose
+_NEVER = -np.inf
 
 
 class Belady:
@@ -20,17 +21,18 @@ class Belady:
 
     name = "belady"
 
-    def __init__(self, trace: Trace) -> None:
-        self._turn = 0
-        self._uses: defaultdict[Key, list[int]] = defaultdict(list)
-        for turn, (layer, numbers) in enumerate(trace):
-            for number in numbers:
-                self._uses[layer, number].append(turn)
+    def __init__(self, trace: Trace, shape: Shape) -> None:
+        self.worth = np.full(shape, _NEVER)
+        self._left: list[list[tuple[Key, float]]] = []  # turn after turn from its end: each use, and worth behind it
+        coming: dict[Key, float] = {}
+        for turn in range(len(trace) - 1, -1, -1):
+            layer, numbers = trace[turn]
+            keys = [(layer, number) for number in numbers]
+            self._left.append([(key, coming.get(key, _NEVER)) for key in keys])
+            coming.update(dict.fromkeys(keys, float(-turn)))
+        for key, worth in coming.items():
+            self.worth[key] = worth
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
-        self._turn += 1
-
-    def worth(self, key: Key) -> int:
-        uses = self._uses[key]
-        at = bisect_left(uses, self._turn)
-        return -uses[at] if at < len(uses) else -(1 << 62)
+        for key, worth in self._left.pop() if self._left else ():
+            self.worth[key] = worth

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.experts.store import Key
+import numpy as np
+
+from engine.experts.store import Shape
 
 
 class LeastStale:
@@ -17,21 +19,19 @@ class LeastStale:
 
     name = "least-stale"
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
+        self._turns = np.zeros((shape[0], 1))
+        self._last = np.full(shape, -1.0)
         self._layer = 0
-        self._num_layers = 1
-        self._turns: dict[int, int] = {}
-        self._last: dict[Key, int] = {}
+
+    @property
+    def worth(self) -> np.ndarray:
+        num_layers = len(self._turns)
+        distance = (np.arange(num_layers)[:, None] - self._layer - 1) % num_layers
+        # Layers still to come in this pass have had one turn less.
+        return (self._last - self._turns) * num_layers - distance
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
-        self._layer, self._num_layers = layer, max(self._num_layers, layer + 1)
-        turn = self._turns[layer] = self._turns.get(layer, 0) + 1
-        for number in numbers:
-            self._last[layer, number] = turn
-
-    def worth(self, key: Key) -> tuple[int, int]:
-        layer = key[0]
-        # Layers still to come in this pass have had one turn less.
-        stale = self._turns.get(layer, 0) - self._last.get(key, -1)
-        distance = (layer - self._layer - 1) % self._num_layers
-        return -stale, -distance
+        self._layer = layer
+        self._turns[layer] += 1
+        self._last[layer, list(numbers)] = self._turns[layer]

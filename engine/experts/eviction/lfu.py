@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.experts.store import Key
+import numpy as np
 
-_FADE = 0.98  # of a layer's counts, at each of its turns (our choice)
+from engine.experts.store import Shape
+
+_FADE = 0.9  # of a layer's counts, at each of its turns (our choice)
 
 
 class LeastFrequentlyUsed:
-    """Counts are kept relative to a weight that grows, which is the same as letting all of them fade."""
+    """An expert's worth is the share of its layer's latest turns in which it was chosen."""
 
     name = "lfu"
 
-    def __init__(self) -> None:
-        self._counts: dict[Key, float] = {}
-        self._turns: dict[int, int] = {}
+    def __init__(self, shape: Shape) -> None:
+        self.worth = np.zeros(shape)
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
-        turn = self._turns.get(layer, 0) + 1
-        self._turns[layer] = turn
-        if turn % 1024 == 0:  # before the weights leave the range of a float
-            for key in [key for key in self._counts if key[0] == layer]:
-                self._counts[key] *= _FADE**turn
-            self._turns[layer] = turn = 0
-        for number in numbers:
-            key = layer, number
-            self._counts[key] = self._counts.get(key, 0.0) + _FADE**-turn
-
-    def worth(self, key: Key) -> float:
-        return self._counts.get(key, 0.0) * _FADE ** self._turns.get(key[0], 0)
+        self.worth[layer] *= _FADE
+        self.worth[layer, list(numbers)] += 1 - _FADE

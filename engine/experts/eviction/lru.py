@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.experts.store import Key
+import numpy as np
+
+from engine.experts.store import Shape
 
 
 class LeastRecentlyUsed:
@@ -12,14 +14,10 @@ class LeastRecentlyUsed:
 
     name = "lru"
 
-    def __init__(self) -> None:
+    def __init__(self, shape: Shape) -> None:
+        self.worth = np.zeros(shape)
         self._clock = 0
-        self._last: dict[Key, int] = {}
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
         self._clock += 1
-        for number in numbers:
-            self._last[layer, number] = self._clock
-
-    def worth(self, key: Key) -> int:
-        return self._last.get(key, 0)
+        self.worth[layer, list(numbers)] = self._clock

@@ -78,6 +78,8 @@ class Accelerated:
         num_experts: how many to name for each row; None: as many as the router will choose.
     """
 
+    informs = False
+
     def __init__(self, decoder: StreamedDecoder, num_experts: int | None = None) -> None:
         self.name = f"accelerated {decoder.stream.config.interval}"
         self._decoder = decoder

@@ -26,6 +26,8 @@ class NextGate:
         num_experts: how many to name for each row; None: as many as the router will choose.
     """
 
+    informs = False
+
     def __init__(self, decoder: Decoder, lookahead: int = 1, num_experts: int | None = None) -> None:
         self.name = f"next-gate {lookahead}"
         self._lookahead = lookahead

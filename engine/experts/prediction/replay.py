@@ -15,6 +15,7 @@ class Oracle:
     same request."""
 
     name = "oracle"
+    informs = False
 
     def __init__(self, trace: Trace, lookahead: int = 1) -> None:
         self._trace, self._lookahead = trace, lookahead
@@ -34,6 +35,7 @@ class AlwaysWrong:
     """Names, for the next layer, experts that its router will not choose. For tests: it must cost speed alone."""
 
     name = "always wrong"
+    informs = False
 
     def __init__(self, trace: Trace, num_experts: int) -> None:
         self._oracle, self._num_experts = Oracle(trace), num_experts

@@ -1,0 +1,174 @@
+"""Threads that read experts: each load ends once, what is waited for first, and what goes wrong is told."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine import paths
+from engine.errors import ExpertStoreError
+from engine.experts.model import prepare_store
+from engine.experts.native_reader import NativeReader, make_reader
+from engine.experts.reader import DEMANDED, EXPECTED, Ended, Link, Load, Reader, ThreadedReader
+from engine.experts.slots import HostSlot, HostSlots
+from engine.experts.store import ExpertStore
+from engine.kernels.load_fields import NUM_ENTRIES, RING_SIZE
+from engine.kernels.native import load_loads
+from tests import tiny
+
+READERS: dict[str, Callable[[ExpertStore, Link | None], Reader]] = {
+    "native": lambda store, link: NativeReader(store, load_loads(), 2, link),
+    "threaded": lambda store, link: ThreadedReader(store, 2, link),
+}
+SLOW = Link(4e6)  # some 5 ms a load
+pytestmark = pytest.mark.parametrize("kind", READERS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model") / "mixtral", "mixtral")
+
+
+@pytest.fixture
+def store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertStore]:
+    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path)
+    store = prepare_store(folder, "fp32")
+    yield store
+    store.close()
+
+
+class Running:
+    """A reader, and what has ended of its loads."""
+
+    def __init__(self, kind: str, store: ExpertStore, link: Link | None = None) -> None:
+        self.reader, self.store = READERS[kind](store, link), store
+        self.slots = [slot for slot in HostSlots(store.layout).make(len(store.keys)) if isinstance(slot, HostSlot)]
+        self.ended: list[Ended] = []
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.reader.close()
+        self.reader.close()  # closing twice is harmless
+
+    def submit(self, number: int, urgency: int) -> Load:
+        load = Load(self.store.keys[number], self.slots[number], urgency)
+        self.reader.submit(load)
+        return load
+
+    def wait_for(self, count: int) -> list[Load]:
+        """Until ``count`` loads have ended in all; they, in their order."""
+        deadline = time.monotonic() + 30
+        while len(self.ended) < count:
+            assert time.monotonic() < deadline
+            self.ended += self.reader.ended() or ()
+            if len(self.ended) < count:
+                self.reader.wait()
+        return [load for load, _ in self.ended]
+
+    def wanted(self, number: int) -> bytes:
+        blob = bytearray(self.store.layout.nbytes)
+        self.store.read(self.store.keys[number], memoryview(blob), 0, len(blob))
+        return bytes(blob)
+
+
+@pytest.mark.parametrize("urgency", [DEMANDED, EXPECTED])
+def test_every_load_ends_once_with_the_right_bytes(kind: str, store: ExpertStore, urgency: int) -> None:
+    with Running(kind, store) as running:
+        count = len(store.keys)
+        loads = [running.submit(number, urgency) for number in range(count)]
+        assert sorted(load.key for load in running.wait_for(count)) == sorted(load.key for load in loads)
+        assert all(error is None for _, error in running.ended)
+        for number in range(count):
+            assert bytes(running.slots[number].buffer(store.keys[number])[0]) == running.wanted(number)
+        time.sleep(0.01)
+        assert not running.reader.ended()
+
+
+def test_more_loads_than_the_rings_have_room_for(kind: str, store: ExpertStore) -> None:
+    with Running(kind, store) as running:
+        total = 0
+        for turn in range(2 * max(RING_SIZE, NUM_ENTRIES) // len(store.keys)):
+            for number in range(len(store.keys)):
+                load = running.submit(number, EXPECTED)
+                if (number + turn) % 3 == 0:
+                    running.reader.hurry(load)
+            total += len(store.keys)
+            running.wait_for(total)
+        assert len(running.ended) == total
+
+
+def test_what_is_waited_for_goes_first(kind: str, store: ExpertStore) -> None:
+    with Running(kind, store, SLOW) as running:
+        expected = [running.submit(number, EXPECTED) for number in range(6)]
+        demanded = running.submit(6, DEMANDED)
+        running.reader.hurry(expected[5])
+        order = running.wait_for(7)
+        # Two threads may have begun two loads before; in Python both wait for the link at once.
+        assert order.index(demanded) <= 2 and order.index(expected[5]) <= 3
+        assert order[4:] == expected[2:5]
+
+
+def test_what_has_not_begun_can_be_taken_back(kind: str, store: ExpertStore) -> None:
+    with Running(kind, store, SLOW) as running:
+        loads = [running.submit(number, EXPECTED) for number in range(8)]
+        time.sleep(0.002)  # a thread has begun with the first
+        taken = [load for load in loads if running.reader.cancel(load)]
+        assert len(taken) >= 5
+        again = running.submit(7, DEMANDED)
+        ended = running.wait_for(9 - len(taken))
+        assert again in ended and not set(map(id, taken)) & set(map(id, ended))
+        assert not running.reader.cancel(again)
+
+
+def test_a_read_that_fails_is_told(kind: str, store: ExpertStore) -> None:
+    with Running(kind, store) as running:
+        os.truncate(store.file, store.layout.nbytes + 100)
+        running.submit(0, DEMANDED)
+        running.submit(1, DEMANDED)
+        running.submit(2, EXPECTED)
+        running.wait_for(3)
+        errors = {load.key: error for load, error in running.ended}
+        assert errors[store.keys[0]] is None
+        for number in (1, 2):
+            with pytest.raises(ExpertStoreError, match="cannot be read"):
+                raise errors[store.keys[number]] or AssertionError
+
+
+def test_damage_is_told(kind: str, store: ExpertStore) -> None:
+    with open(store.file, "r+b") as file:
+        place = store.layout.nbytes + 5
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    with Running(kind, store) as running:
+        running.submit(1, DEMANDED)
+        running.wait_for(1)
+        assert isinstance(running.ended[0][1], ExpertStoreError)
+
+
+def test_closing_drops_what_has_not_ended(kind: str, store: ExpertStore) -> None:
+    began = time.monotonic()
+    with Running(kind, store, Link(4e5)) as running:  # some 50 ms a load
+        for number in range(len(store.keys)):
+            running.submit(number, EXPECTED)
+    assert time.monotonic() - began < 0.05 * len(store.keys) / 2 + 1
+
+
+def test_the_right_one_is_made(kind: str, store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = HostSlots(store.layout)
+    if kind == "threaded":
+        monkeypatch.setattr("engine.experts.native_reader.load_loads", _no_pread)
+    reader = make_reader(store, slots, 2, None)
+    assert isinstance(reader, NativeReader if kind == "native" else ThreadedReader)
+    reader.close()
+
+
+def _no_pread() -> None:
+    raise OSError("there is no pread")
