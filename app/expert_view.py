@@ -9,6 +9,7 @@ from app.expert_watch import ExpertView
 from app.heat_map import heat_map, layers_across
 from app.telemetry import Cell
 from engine.experts.report import ExpertReport
+from engine.metrics import ExpertStats
 
 _LEAST_WIDTH = 256  # pixels, for the words under a small map
 
@@ -22,7 +23,8 @@ def expert_panel(view: ExpertView | None) -> str:
     return (
         f'<section class="experts" aria-label="Experts">{_map(view.report)}'
         f'<div class="expert-figures"><small>{scope}</small><div class="figures">{figures}</div></div>'
-        f'<div class="expert-words"><p>{escape(plan_sentences(view.report))}</p><p>{ahead_sentence(view.report)}</p></div>'
+        f'<div class="expert-words"><p>{escape(plan_sentences(view.report))}</p>'
+        f"<p>{ahead_sentence(view.report)}{in_place_sentence(view.stats)}</p></div>"
         "</section>"
     )
 
@@ -63,6 +65,14 @@ def ahead_sentence(report: ExpertReport) -> str:
     if report.prefetching:
         return "Experts that the next layer will probably choose are loaded ahead of time."
     return "Loading ahead of time has switched itself off, because it made this machine slower; it is tried again now and then."
+
+
+def in_place_sentence(stats: ExpertStats) -> str:
+    """What is computed outside the slots, if anything."""
+    if not stats.expert_in_place:
+        return ""
+    share = telemetry.percent(stats.in_place_share)
+    return f" {share} of those chosen were computed straight from what the system keeps of the file in free memory."
 
 
 def _map(report: ExpertReport) -> str:

@@ -56,6 +56,7 @@ class ExpertStats:
     expert_hits: int = 0  # in memory when their layer asked for them
     expert_late: int = 0  # on their way when their layer asked for them
     expert_misses: int = 0  # not even asked for by then
+    expert_in_place: int = 0  # computed where they lay, outside the slots
     prefetch_issued: int = 0
     prefetch_used: int = 0  # of those issued; late ones count
     bytes_loaded: int = 0
@@ -72,8 +73,17 @@ class ExpertStats:
     @property
     def hit_rate(self) -> float | None:
         """Share of the experts asked for that were in memory."""
-        asked = self.expert_hits + self.expert_late + self.expert_misses
-        return self.expert_hits / asked if asked else None
+        return self.expert_hits / self.num_asked if self.num_asked else None
+
+    @property
+    def in_place_share(self) -> float | None:
+        """Share of the experts asked for that were computed where they lay."""
+        return self.expert_in_place / self.num_asked if self.num_asked else None
+
+    @property
+    def num_asked(self) -> int:
+        """Experts asked for, once for each layer's turn."""
+        return self.expert_hits + self.expert_late + self.expert_misses + self.expert_in_place
 
     @property
     def prefetch_precision(self) -> float | None:

@@ -102,6 +102,12 @@ def test_the_figures_are_those_of_the_engines_counters():
         assert part in text, part
 
 
+def test_what_is_computed_in_place_is_told():
+    text = Elements(expert_panel(ExpertView(report(), stats(expert_in_place=100), 20, 2.0))).text
+    assert "40 % hit rate" in text and "50 % of those chosen were computed straight from" in text
+    assert "straight from" not in Elements(expert_panel(ExpertView(report(), stats(), 20, 2.0))).text
+
+
 def test_the_panel_keeps_its_elements_whatever_is_known():
     """Nothing moves while an answer streams."""
     views = (

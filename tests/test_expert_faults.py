@@ -21,7 +21,8 @@ from engine.experts.blob import PAGE, checksum
 from engine.experts.memory_guard import MemoryGuard
 from engine.experts.model import prepare_store
 from engine.experts.planner import parse_memory, plan_memory
-from engine.experts.store import damage_mark, read_index
+from engine.experts.reader import Ended, Load
+from engine.experts.store import damage_mark, read_index, unreadable
 from engine.hardware import MemoryUse
 from engine.loading import load_session
 from engine.models.checkpoint import open_checkpoint
@@ -175,20 +176,25 @@ def test_an_error_in_a_load_ahead_is_nobodys_business(
     """Only what is needed must arrive."""
     tokens = answer(session)
     tiers = session.backend.tiers  # type: ignore[attr-defined]
-    read, failed = store._read_at, []
+    cache, failed = tiers.cache, list[Load]()
+    ended = cache._reader.ended
 
-    def sometimes(*arguments: object) -> int:
-        if threading.current_thread().name.startswith("experts") and not failed:
-            failed.append(1)
-            raise OSError(errno.EIO, "Input/output error")
-        return read(*arguments)  # type: ignore[arg-type]
+    def sometimes() -> list[Ended]:
+        news = list(ended())
+        if news and not failed:
+            failed.append(news[0][0])
+            news[0] = news[0][0], unreadable(store_file())
+        return news
 
-    absent = next(key for key in tiers.cache.store.keys if key not in tiers.cache.residents())
-    monkeypatch.setattr(store, "_read_at", sometimes)
-    tiers.cache.prefetch([absent])
+    absent = next(key for key in cache.store.keys if key not in cache.residents())
+    monkeypatch.setattr(cache, "_in_place", None)  # it lies in the file cache, and would not be loaded
+    monkeypatch.setattr(cache._reader, "ended", sometimes)
+    cache.prefetch([absent])
     deadline = time.monotonic() + 10
     while not failed and time.monotonic() < deadline:
+        cache.prefetch([])
         time.sleep(0.01)
+    assert not cache.holds(absent)
     assert failed and answer(session) == tokens
 
 

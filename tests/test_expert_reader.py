@@ -46,7 +46,9 @@ class Running:
 
     def __init__(self, kind: str, store: ExpertStore, link: Link | None = None) -> None:
         self.reader, self.store = READERS[kind](store, link), store
-        self.slots = [slot for slot in HostSlots(store.layout).make(len(store.keys)) if isinstance(slot, HostSlot)]
+        self.slots = [
+            slot for slot in HostSlots(store.layout).make(len(store.keys)) if isinstance(slot, HostSlot)
+        ]
         self.ended: list[Ended] = []
 
     def __enter__(self) -> Running:
@@ -138,6 +140,15 @@ def test_a_read_that_fails_is_told(kind: str, store: ExpertStore) -> None:
         for number in (1, 2):
             with pytest.raises(ExpertStoreError, match="cannot be read"):
                 raise errors[store.keys[number]] or AssertionError
+
+
+def test_a_disk_that_fails_is_told(kind: str, store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = os.open(os.devnull, os.O_WRONLY)  # nothing can be read from it
+    monkeypatch.setattr(store, "descriptor", broken)
+    with Running(kind, store) as running:
+        running.submit(0, DEMANDED)
+        running.wait_for(1)
+        assert isinstance(running.ended[0][1], ExpertStoreError)
 
 
 def test_damage_is_told(kind: str, store: ExpertStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from engine.experts.cache import ExpertCache, LayerExperts
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.base import EvictionPolicy
 from engine.experts.eviction.belady import Belady
+from engine.experts.in_place import InPlace
 from engine.experts.model import ExpertTiers, prepare_store
 from engine.experts.prediction.accelerated import Accelerated, StreamedDecoder
 from engine.experts.prediction.base import Predictor
@@ -24,7 +26,7 @@ from engine.experts.prediction.replay import AlwaysWrong, Oracle
 from engine.experts.prediction.ridge_gate import RidgeGate
 from engine.experts.prefetcher import Prefetcher
 from engine.experts.reader import Link
-from engine.experts.store import Key, Shape
+from engine.experts.store import ExpertStore, Key, Shape
 from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
 from engine.models.stepper import Stepper, TorchStepper, make_stepper
@@ -36,6 +38,9 @@ from tests.test_m2r2 import Scripted, accelerator, fixed, run
 PROMPT = list(range(40, 75))
 NUM_LAYERS, NUM_EXPERTS = 3, 8  # of the tiny models
 SLOW = Link(200e6, 3e-4)
+LINUX = pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere nothing tells what is in the file cache"
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +77,11 @@ class Tiers:
         link: Link | None = None,
         num_threads: int = 2,
         direct: bool = False,
+        in_place: Callable[[ExpertStore], InPlace] | None = None,
     ) -> None:
         store = prepare_store(model.folder, model.format, direct=direct)
-        self.cache = ExpertCache(store, num_slots, eviction, link, num_threads)
+        lying = in_place and in_place(store)
+        self.cache = ExpertCache(store, num_slots, eviction, link, num_threads, in_place=lying)
         self.decoder = model.resident.with_experts(lambda layer: LayerExperts(self.cache, layer))
         prefetcher = predictor and Prefetcher(self.cache, predictor(self.decoder), always=True)
         self.tiers = ExpertTiers(self.cache, prefetcher)
@@ -191,6 +198,44 @@ def test_output_does_not_depend_on_speculation(model: Model, num_slots: int, dra
             tokens, rounds = run(stepper, method, len(model.tokens), PROMPT)
             assert tokens == model.tokens
             assert sum(drafted for drafted, _ in rounds) > 0
+
+
+class Forgetful(InPlace):
+    """The system has given up two experts in three, others each time."""
+
+    turn = 0
+
+    def holds(self, key: Key) -> bool:
+        self.turn += 1
+        return self.turn % 3 == 0 and super().holds(key)
+
+
+@LINUX
+@pytest.mark.parametrize("num_slots", [1, 6])
+@pytest.mark.parametrize("make", [InPlace, Forgetful])
+def test_output_does_not_depend_on_what_is_computed_in_place(
+    model: Model, num_slots: int, make: type[InPlace]
+) -> None:
+    for policy in ("lru", "lfu"):
+        with Tiers(
+            model, num_slots, EVICTION_POLICIES[policy], predictors(model)["next-gate 1"], in_place=make
+        ) as tiers:
+            check(model, tiers)
+            stats = tiers.cache.stats
+            assert stats.expert_in_place > 0
+            assert (stats.expert_misses == 0) == (make is InPlace)
+            assert stats.prefetch_used <= stats.prefetch_issued
+            assert len(tiers.cache.residents()) <= num_slots
+
+
+@LINUX
+def test_what_is_often_computed_in_place_gets_a_slot(model: Model) -> None:
+    with Tiers(model, NUM_LAYERS * NUM_EXPERTS, EVICTION_POLICIES["lfu"], in_place=InPlace) as tiers:
+        check(model, tiers)
+        before = tiers.cache.stats.expert_in_place
+        check(model, tiers)  # by now all of them have one
+        assert tiers.cache.stats.expert_in_place == before
+        assert tiers.cache.stats.expert_misses == 0
 
 
 @pytest.mark.parametrize("num_slots", [1, 6])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -38,7 +36,9 @@ class World:
         self.ahead = torch.randn(shape, generator=self.generator) / shape[-1] ** 0.5
         self.again = torch.randn(shape, generator=self.generator) / shape[-1] ** 0.5
 
-    def sequences(self, batch: int = 24, length: int = 40) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
+    def sequences(
+        self, batch: int = 24, length: int = 40
+    ) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
         states = [
             5 * torch.randn(batch, length, self.config.hidden_size, generator=self.generator)
             for _ in range(self.config.num_layers)

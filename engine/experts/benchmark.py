@@ -29,6 +29,7 @@ from engine.experts.reader import Link
 from engine.experts.store import ExpertStore
 from engine.experts.tables import experts_table
 from engine.hardware import machine
+from engine.metrics import ExpertStats
 from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
 from engine.requests import Message
@@ -175,7 +176,7 @@ def rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
     found = []
     for name, lane in samples.items():
         totals = {key: sum(s["experts"][key] for s in lane) for key in lane[0]["experts"]}
-        tokens, asked = sum(s["num_tokens"] for s in lane), sum(totals[k] for k in _ASKED)
+        tokens, asked = sum(s["num_tokens"] for s in lane), ExpertStats(**totals).num_asked
         rounds = sum(s["speculation"]["num_rounds"] for s in lane)
         accepted = sum(s["speculation"]["num_accepted_tokens"] for s in lane)
         found.append(
@@ -195,9 +196,6 @@ def rows(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, A
             }
         )  # fmt: skip
     return found
-
-
-_ASKED = ("expert_hits", "expert_late", "expert_misses")
 
 
 def _share(part: float, whole: float) -> float | None:

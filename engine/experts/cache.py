@@ -16,12 +16,15 @@ import torch
 
 from engine.errors import OutOfMemoryError
 from engine.experts.eviction import EvictionPolicy
+from engine.experts.in_place import InPlace
 from engine.experts.native_reader import make_reader
 from engine.experts.reader import DEMANDED, EXPECTED, Link, Load
 from engine.experts.slots import HostSlots, Slot, SlotMaker
 from engine.experts.store import ExpertStore, Key, Shape
 from engine.metrics import ExpertStats
 from engine.models.feed_forward import FeedForward, Group
+
+_WORTH_A_COPY = 2.0  # times as much as what it replaces
 
 
 @dataclass
@@ -44,6 +47,7 @@ class ExpertCache:
     Args:
         link: a stated bandwidth for the store, for measurements.
         slots: where the experts are held; None: in RAM.
+        in_place: what of the missing experts can be computed where it lies; None: they are loaded.
 
     Attributes:
         stats: counters since the cache was made.
@@ -63,10 +67,11 @@ class ExpertCache:
         link: Link | None = None,
         num_threads: int = 2,
         slots: SlotMaker | None = None,
+        in_place: InPlace | None = None,
     ) -> None:
         shape = store.index.shape
         self.store, self.eviction = store, eviction(shape)
-        self._slots = slots or HostSlots(store.layout)
+        self._slots, self._in_place = slots or HostSlots(store.layout), in_place
         self.stats = ExpertStats()
         self.uses = [[0] * shape[1] for _ in range(shape[0])]
         self.chosen: dict[int, tuple[int, ...]] = {}
@@ -94,12 +99,18 @@ class ExpertCache:
             ExpertStoreError: one of them cannot be loaded.
         """
         keys = [(layer, number) for number in numbers]
-        missing, waiting = self._demand(layer, keys)
-        ready = [key for key in keys if key not in missing and key not in waiting]
-        held = set(keys) - set(missing)
+        missing, waiting, lying = self._demand(layer, keys)
+        ready = [key for key in keys if key not in missing and key not in waiting and key not in lying]
+        held = set(keys) - set(missing) - lying.keys()
         try:
             while True:
-                yield [(key[1], self._entries[key].slot.expert) for key in ready]
+                yield [
+                    *((key[1], self._entries[key].slot.expert) for key in ready),
+                    *((key[1], expert) for key, expert in lying.items()),
+                ]
+                if lying and self._in_place is not None:
+                    self._in_place.leave(lying)
+                    lying.clear()
                 with self._lock:
                     for key in ready:
                         entry = self._entries[key]
@@ -114,9 +125,9 @@ class ExpertCache:
         finally:
             with self._lock:
                 for key in held:
-                    if (entry := self._entries.get(key)) is not None:
-                        entry.pins -= 1
-                        self._note(entry)
+                    if (left := self._entries.get(key)) is not None:
+                        left.pins -= 1
+                        self._note(left)
 
     def prefetch(self, keys: Iterable[Key]) -> None:
         """Experts that a layer to come will probably want: those in memory stay, the others are loaded as far as
@@ -128,13 +139,15 @@ class ExpertCache:
             for key in keys:
                 if (entry := self._entries.get(key)) is not None:
                     self._expect(entry)
-                else:
+                elif self._in_place is None or not self._in_place.holds(key):
                     absent.append(key)
             for key in absent:
                 slot = self._take_slot(EXPECTED)
                 if slot is None:
                     return
-                self._load(key, slot, EXPECTED)
+                coming = self._load(key, slot, EXPECTED)
+                coming.ahead = True
+                self._expect(coming)
                 self.stats.prefetch_issued += 1
 
     def expect(self, keys: Iterable[Key]) -> None:
@@ -189,10 +202,11 @@ class ExpertCache:
         self.stop()
         self.store.close()
 
-    def _demand(self, layer: int, keys: list[Key]) -> tuple[list[Key], list[Key]]:
-        """Count and pin what the router chose; what is missing, and what is on its way."""
+    def _demand(self, layer: int, keys: list[Key]) -> tuple[list[Key], list[Key], dict[Key, FeedForward]]:
+        """Count and pin what the router chose; what is missing, what is on its way, and what is computed in place."""
         missing: list[Key] = []
         waiting: list[Key] = []
+        lying: dict[Key, FeedForward] = {}
         numbers = tuple(number for _, number in keys)
         with self._lock:
             self._take_in()
@@ -206,6 +220,11 @@ class ExpertCache:
             for key in keys:
                 entry = self._entries.get(key)
                 if entry is None:
+                    if self._in_place is not None and (expert := self._in_place.expert(key)) is not None:
+                        self.stats.expert_in_place += 1
+                        lying[key] = expert
+                        self._keep(key)
+                        continue
                     self.stats.expert_misses += 1
                     missing.append(key)
                     continue
@@ -223,7 +242,7 @@ class ExpertCache:
             self._start(missing, waiting, set())
         upcoming, self._upcoming = self._upcoming, []
         self.prefetch(upcoming)
-        return missing, waiting
+        return missing, waiting, lying
 
     def _start(self, missing: list[Key], waiting: list[Key], held: set[Key]) -> None:
         """Load what is missing, as far as there are slots."""
@@ -254,12 +273,19 @@ class ExpertCache:
         self.stats.stall_seconds += perf_counter() - began
         return ready
 
+    def _keep(self, key: Key) -> None:
+        """What is computed in place gets a slot as well, if it is worth one: there it cannot be given up."""
+        if not self._free:
+            leaving = self._first_to_leave()
+            worth = self.eviction.worth
+            if leaving is None or worth[key] <= _WORTH_A_COPY * worth[leaving]:
+                return
+            self._free.append(self._leave(leaving))
+        self._load(key, self._free.pop(), EXPECTED)
+
     def _load(self, key: Key, slot: Slot, urgency: int) -> _Entry:
         load = Load(key, slot, urgency)
         entry = self._entries[key] = _Entry(slot, load)
-        if urgency == EXPECTED:
-            entry.ahead = True
-            self._expect(entry)
         self._reader.submit(load)
         return entry
 
@@ -276,8 +302,8 @@ class ExpertCache:
                 entry.expected = False
                 self._note(entry)
                 if not entry.ready and self._reader.cancel(entry.load):
+                    self.stats.prefetch_issued -= entry.ahead
                     self._free.append(self._leave(entry.load.key))
-                    self.stats.prefetch_issued -= 1
 
     def _take_slot(self, urgency: int) -> Slot | None:
         """A slot that nobody needs any more; for a demanded expert also one of those that were expected."""
@@ -292,7 +318,7 @@ class ExpertCache:
         if urgency == DEMANDED:
             for key, entry in self._entries.items():
                 if not entry.ready and not entry.pins and self._reader.cancel(entry.load):
-                    self.stats.prefetch_issued -= 1
+                    self.stats.prefetch_issued -= entry.ahead
                     return self._leave(key)
         return None
 

@@ -1,48 +1,103 @@
-"""Experts computed where they lie: the store mapped into memory, nothing copied into slots.
+"""Computing a missing expert where it lies: from the mapped store, if the system has that part in its file cache.
 
-Without a GPU the slow tier is the system's file cache, or the disk behind it; computing there saves the copy, and
-leaves to the system what stays in memory.
+Without a GPU the slow tier is the disk behind the system's file cache, and what is in that cache is in RAM already: to
+copy it into a slot first would take longer than to compute with it. The cache is the system's own, which takes it from
+whatever memory nobody needs and gives it up before anything else; so slots and file cache hold different experts after a
+while, those that the system has given up being the ones that are loaded.
+
+Linux alone tells cheaply what is in its file cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import logging
+import mmap
+import os
+import sys
+from collections.abc import Iterable
+from time import monotonic
 
 import numpy as np
 import torch
 
-from engine.experts.store import ExpertStore
-from engine.models.feed_forward import FeedForward, Group
+from engine.errors import ExpertStoreError
+from engine.experts.blob import PAGE
+from engine.experts.slots import SlotMaker
+from engine.experts.store import ExpertStore, Key
+from engine.models.feed_forward import FeedForward
+
+_TRUST = 5.0  # seconds for which what is in the file cache is taken to stay there
+_log = logging.getLogger(__name__)
+_DROP: int = getattr(mmap, "MADV_DONTNEED", 0)
 
 
-class MappedExperts:
-    """A layer's experts in a mapped store (:class:`engine.models.feed_forward.ExpertSource`).
+class InPlace:
+    """The experts of a store as they lie.
 
-    Raises (fetch): ExpertStoreError, if an expert is damaged; each is checked at its first use.
+    Raises:
+        OSError: the store cannot be mapped, or the system does not tell what is in its file cache.
     """
 
-    def __init__(self, store: ExpertStore, layer: int) -> None:
-        self._store, self._layer = store, layer
-        self._mapped = np.memmap(store.file, np.uint8, mode="c")
-        self._experts: dict[int, FeedForward] = {}
+    def __init__(self, store: ExpertStore) -> None:
+        if sys.platform != "linux" or store.direct:
+            raise OSError("this system does not tell what is in its file cache")
+        self._store, self._size = store, store.layout.nbytes
+        self._mincore = ctypes.CDLL(None).mincore
+        self._mapped = mmap.mmap(store.descriptor, 0, access=mmap.ACCESS_COPY)
+        self._bytes = np.frombuffer(self._mapped, np.uint8)
+        self._present = np.zeros(self._size // PAGE, np.uint8)
+        self._experts: dict[Key, FeedForward] = {}
+        self._seen: dict[Key, float] = {}  # when an expert was last found in the file cache
 
-    def fetch(self, numbers: Sequence[int]) -> Iterator[Group]:
-        for number in numbers:
-            if number not in self._experts:
-                key, size = (self._layer, number), self._store.layout.nbytes
-                begin = self._store.keys.index(key) * size
-                blob = self._mapped[begin : begin + size]
+    def holds(self, key: Key) -> bool:
+        """Whether the system has all of an expert in its file cache, or had it a moment ago."""
+        now = monotonic()
+        if now - self._seen.get(key, -_TRUST) < _TRUST:
+            return True
+        place, size = self._bytes.ctypes.data + self._store.offset(key), self._size
+        present = ctypes.c_void_p(self._present.ctypes.data)
+        if self._mincore(ctypes.c_void_p(place), ctypes.c_size_t(size), present) != 0:
+            return False
+        if not (self._present & 1).all():  # of each page the lowest bit tells
+            return False
+        self._seen[key] = now
+        return True
+
+    def expert(self, key: Key) -> FeedForward | None:
+        """The expert, to compute with until :meth:`leave`; None: it has to be loaded."""
+        begin, size = self._store.offset(key), self._size
+        # A mapped file that has become shorter ends the process when it is touched.
+        if not self.holds(key) or not _has_byte(self._store.descriptor, begin + size - 1):
+            return None
+        if (found := self._experts.get(key)) is None:
+            blob = self._bytes[begin : begin + size]
+            try:
                 self._store.check(key, blob.data)
-                self._experts[number] = self._store.layout.view(torch.from_numpy(blob))
-        yield [(number, self._experts[number]) for number in numbers]
+            except ExpertStoreError:
+                return None  # loading it tells
+            found = self._experts[key] = self._store.layout.view(torch.from_numpy(blob))
+        return found
 
-    def resident(self) -> Sequence[FeedForward]:
-        return ()
+    def leave(self, keys: Iterable[Key]) -> None:
+        """Nobody computes with these any more: they are not this process's memory any longer."""
+        for key in keys:
+            self._mapped.madvise(_DROP, self._store.offset(key), self._size)
 
-    @property
-    def expert_bytes(self) -> int:
-        return self._store.layout.weight_bytes
 
-    @property
-    def num_parameters(self) -> int:
-        return self._store.index.num_experts * self._store.layout.num_parameters
+def find_in_place(store: ExpertStore, slots: SlotMaker) -> InPlace | None:
+    """What can be computed where it lies, if the experts compute in RAM and the system has what that takes."""
+    if slots.device.type != "cpu":
+        return None
+    try:
+        return InPlace(store)
+    except (OSError, AttributeError, ValueError) as error:
+        _log.info("missing experts are always loaded: %s", error)
+        return None
+
+
+def _has_byte(descriptor: int, place: int) -> bool:
+    try:
+        return len(os.pread(descriptor, 1, place)) == 1
+    except OSError:
+        return False

@@ -18,7 +18,7 @@ from engine.decoding.sampling import Sampler
 from engine.experts.cache import ExpertCache, LayerExperts
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.belady import Belady, Trace
-from engine.experts.in_place import MappedExperts
+from engine.experts.in_place import InPlace
 from engine.experts.prediction.accelerated import Accelerated, StreamedDecoder
 from engine.experts.prediction.base import Predictor
 from engine.experts.prediction.draft_union import UnionDrafter
@@ -50,7 +50,7 @@ class Lane:
         policy: an eviction policy's name, or ``belady``.
         predictor: ``next-gate``, ``ridge-gate``, ``accelerated`` or ``oracle``; None: nothing is loaded ahead.
         drafts: whether tokens are drafted, with the experts of drafts loaded ahead.
-        in_place: experts are computed from the mapped store.
+        in_place: experts are computed from the system's file cache, whatever the link.
     """
 
     name: str
@@ -78,7 +78,7 @@ def lanes(share: float) -> tuple[Lane, ...]:
         Lane("ridge-gate, foreseen", share, "foreseen", "ridge-gate"),
         Lane("draft union, lfu", share, "lfu", "accelerated", drafts=True),
         Lane("oracle bound", share, "belady", "oracle"),
-        Lane("in place", in_place=True),
+        Lane("in place", 0.0, in_place=True),
         RESIDENT,
     )
 
@@ -123,12 +123,13 @@ class RunningLane:
         self._decoder, self._drafts = resident, None
         experts = resident.config.experts
         assert experts is not None
-        if lane.in_place:
-            self._decoder = resident.with_experts(lambda layer: MappedExperts(store, layer))
-        elif lane.slots is not None:
+        if lane.slots is not None:
             num_slots = max(experts.num_experts_per_tok, round(lane.slots * len(store.keys)))
             eviction = partial(Belady, ()) if lane.policy == "belady" else EVICTION_POLICIES[lane.policy]
-            cache = self.cache = ExpertCache(store, num_slots, eviction, link)
+            lying = InPlace(store) if lane.in_place else None
+            cache = self.cache = ExpertCache(
+                store, num_slots, eviction, None if lane.in_place else link, in_place=lying
+            )
             self._decoder = resident.with_experts(lambda layer: LayerExperts(cache, layer))
         predictor: Predictor | None = None
         if lane.predictor == "accelerated":

@@ -19,6 +19,7 @@ from engine.experts.cache import ExpertCache, LayerExperts
 from engine.experts.conversion import reopen, write_store
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.foreseen import LeastForeseen
+from engine.experts.in_place import find_in_place
 from engine.experts.memory_guard import MemoryGuard
 from engine.experts.planner import MemoryPlan
 from engine.experts.prediction.base import Predictor
@@ -139,7 +140,8 @@ def load_with_tiers(
     target = torch.device(device)
     store = prepare_store(path, weight_format, on_progress, cancel, device=target)
     slots = slot_maker(store, target, plan.host)
-    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lfu"], slots=slots)
+    lying = find_in_place(store, slots)
+    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lfu"], slots=slots, in_place=lying)
     decoder = load_decoder(path, weight_format, target, on_share, lambda layer: LayerExperts(cache, layer))
     tiers = ExpertTiers(cache, Prefetcher(cache, _predictor(decoder, cache)), plan)
     decoder.watch = tiers.watch

@@ -24,6 +24,7 @@ from engine.errors import SlipstreamError
 from engine.evaluation.peers import peak_memory_mb
 from engine.experts.cache import ExpertCache, LayerExperts
 from engine.experts.eviction import EVICTION_POLICIES
+from engine.experts.in_place import find_in_place
 from engine.experts.model import ExpertTiers
 from engine.experts.planner import MemoryPlan, plan_memory
 from engine.experts.prediction.next_gate import NextGate
@@ -40,7 +41,7 @@ from engine.progress import Progress
 from engine.quantization import get_format
 from engine.threads import use_threads
 
-LANES = ("next-gate", "lfu", "lru", "on-demand", "resident")
+LANES = ("app", "next-gate", "lfu", "lru", "on-demand", "resident")
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--layers", type=int, default=None, help="fewer than the shape has, for a smaller store"
     )
-    parser.add_argument("--lanes", nargs="+", choices=LANES, default=["next-gate"])
+    parser.add_argument("--lanes", nargs="+", choices=LANES, default=["app"])
     parser.add_argument("--prepare", action="store_true", help="write the experts, and measure nothing")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each lane")
     parser.add_argument("--prompt", type=int, default=960, help="tokens of it")
@@ -83,7 +84,8 @@ def main(argv: list[str]) -> int:
 
 
 class _Lane:
-    """One way of having the model's experts, with a text of its own."""
+    """One way of having the model's experts, with a text of its own. ``app`` is what the app does with a model that no
+    maps were fitted for."""
 
     def __init__(
         self, name: str, model: RandomModel, dense: Decoder, store: ExpertStore, plan: MemoryPlan, slots: SlotMaker,
@@ -91,9 +93,10 @@ class _Lane:
     ) -> None:  # fmt: skip
         num_slots = {"on-demand": plan.least_slots, "resident": plan.num_experts}.get(name, plan.num_slots)
         policy = "lru" if name == "lru" else "lfu"
-        cache = ExpertCache(store, num_slots, EVICTION_POLICIES[policy], slots=slots)
+        lying = find_in_place(store, slots) if name == "app" else None
+        cache = ExpertCache(store, num_slots, EVICTION_POLICIES[policy], slots=slots, in_place=lying)
         decoder = dense.with_experts(lambda layer: LayerExperts(cache, layer))
-        prefetcher = Prefetcher(cache, NextGate(decoder)) if name == "next-gate" else None
+        prefetcher = Prefetcher(cache, NextGate(decoder)) if name in ("app", "next-gate") else None
         self.name, self.tiers = name, ExpertTiers(cache, prefetcher, plan if alone else None)
         decoder.watch = self.tiers.watch
         self._stepper, self._kv = make_stepper(decoder), decoder.new_cache()

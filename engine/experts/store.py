@@ -19,7 +19,9 @@ from engine.errors import ExpertStoreError
 from engine.experts.blob import BlobLayout, checksum
 
 Key: TypeAlias = tuple[int, int]  # layer and expert
-Shape: TypeAlias = tuple[int, int]  # of an array with a place for each: layers, dense ones among them, and experts
+Shape: TypeAlias = tuple[
+    int, int
+]  # of an array with a place for each: layers, dense ones among them, and experts
 MAGIC = b"SLIPEXPT"
 
 

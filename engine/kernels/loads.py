@@ -208,7 +208,9 @@ def _carry_piece(control: int, entry: int, done: int, begun: int, urgent: int) -
 @njit(nogil=True, error_model="numpy")
 def _end(control: int, entry: int, done: int) -> None:
     whole = done == get_i64(control + 8 * NUM_BYTES)
-    swap_if(entry + 8 * STATE, STARTED, DONE if whole else FAILED)  # behind the bytes themselves for who looks
+    swap_if(
+        entry + 8 * STATE, STARTED, DONE if whole else FAILED
+    )  # behind the bytes themselves for who looks
     atomic_add(control + 8 * COMPLETED, 1)
     _wake_one(control, WAITERS, TELL_AT)
 

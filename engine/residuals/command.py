@@ -58,7 +58,7 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
     tune.add_argument(
         "--experts",
         action="store_true",
-        help="of a mixture of experts: the stream that names experts instead",
+        help="of a mixture of experts: what names its experts ahead of time instead",
     )
     tune.add_argument("--interval", type=int, default=3, help="with --experts: layers between two restarts")
     tune.add_argument(

@@ -1,7 +1,8 @@
-"""Tuning the accelerated stream of a mixture-of-experts model: text, training, measuring, and its file.
+"""Tuning what names a mixture of experts' experts ahead of time: text, fitting, training, measuring, and its file.
 
 The model's own text is made and kept as for drafting accelerators (:mod:`engine.residuals.tuning`), so one text
-serves both. The stream learns the distributions of the routers that it is read by.
+serves both. The accelerated stream learns the distributions of the routers that it is read by; the maps that need no stream
+(:mod:`engine.residuals.router_maps`) are fitted to the routers' logits.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from engine.residuals.tuning import Prepared, TuneRequest, check, prepare
 from engine.residuals.tuning_store import Store, TuningStoppedError, cut, in_groups
 
 _UNION_TOKENS = 16384
+_FIT = replace(INITIALISE, label="Fitting the maps")
 _AGAIN, _REPEATED = "next_token", "last_token"
 FOLDER = "experts"  # beside the drafting accelerators
 _log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ def _fit_union(stream: ExpertStream, prepared: Prepared, runner: Runner) -> None
     sequences, training = prepared.corpus.sequences, prepared.training
     order = BatchOrder(sequences.lengths, prepared.corpus.kept, training.tokens_per_batch, training.seed)
     total = max(4, _UNION_TOKENS // training.tokens_per_batch)
-    meter, fit = runner.meter(INITIALISE, 0, total), UnionFit(stream)
+    meter, fit = runner.meter(_FIT, 0, total), UnionFit(stream)
     for index in range(total):
         if runner.stopped():
             raise TuningStoppedError
@@ -118,7 +120,7 @@ def _fit_maps(stream: ExpertStream, prepared: Prepared, store: Store, runner: Ru
         fit.add(slow.middle, slow.logits, some.lengths)
         return ""
 
-    runner.run(INITIALISE, store, "router-maps", len(groups), step, fit.state, fit.restore)
+    runner.run(_FIT, store, "router-maps", len(groups), step, fit.state, fit.restore)
     fit.solve()
 
 

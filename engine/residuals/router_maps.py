@@ -62,7 +62,9 @@ class RouterFit:
     def __init__(self, maps: RouterMaps) -> None:
         self._maps = maps
         num_layers, num_experts, size = maps.ahead.shape
-        self._sources = sorted({layer - back for layer in maps.sparse for back in (0, 1) if layer - back >= 0})
+        self._sources = sorted(
+            {layer - back for layer in maps.sparse for back in (0, 1) if layer - back >= 0}
+        )
         self._count = torch.zeros(2)  # rows, and rows that have a next one
         self._gram = torch.zeros(len(self._sources), size, size)
         self._cross = torch.zeros(2, num_layers, num_experts, size)
@@ -101,7 +103,9 @@ class RouterFit:
         for kind, (solution, error) in enumerate(
             ((maps.ahead, maps.ahead_error), (maps.again, maps.again_error))
         ):
-            share = float(self._count[kind]) / rows  # of the rows that the products with logits were counted over
+            share = (
+                float(self._count[kind]) / rows
+            )  # of the rows that the products with logits were counted over
             for number, layer in enumerate(maps.sparse):
                 gram = grams[layer - 1 if kind == 0 and layer else layer]
                 damped = gram + _RIDGE * rows * torch.eye(len(gram), dtype=gram.dtype)

@@ -23,7 +23,9 @@ class Belady:
 
     def __init__(self, trace: Trace, shape: Shape) -> None:
         self.worth = np.full(shape, _NEVER)
-        self._left: list[list[tuple[Key, float]]] = []  # turn after turn from its end: each use, and worth behind it
+        self._left: list[
+            list[tuple[Key, float]]
+        ] = []  # turn after turn from its end: each use, and worth behind it
         coming: dict[Key, float] = {}
         for turn in range(len(trace) - 1, -1, -1):
             layer, numbers = trace[turn]

@@ -14,7 +14,9 @@ class Predictor(Protocol):
     """Looks at the residual stream of each layer, and names experts that later layers will want."""
 
     name: str
-    informs: bool  # whether others hear from it as well, so that it is asked even while nothing is loaded ahead
+    informs: (
+        bool  # whether others hear from it as well, so that it is asked even while nothing is loaded ahead
+    )
 
     def predict(self, layer: int, hidden: Tensor) -> Sequence[Key]:
         """The experts to load now, the most urgent first.

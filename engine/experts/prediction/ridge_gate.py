@@ -18,7 +18,9 @@ from engine.experts.eviction.foreseen import LeastForeseen
 from engine.experts.store import Key
 from engine.residuals.router_maps import RouterMaps
 
-_LEAST_CHANCE = 0.6  # of an expert that is named (our choice: of 0.3 to 0.8 the best in a simulation of the link)
+_LEAST_CHANCE = (
+    0.6  # of an expert that is named (our choice: of 0.3 to 0.8 the best in a simulation of the link)
+)
 _LEAST_DISTANCE = math.log(_LEAST_CHANCE / (1 - _LEAST_CHANCE))
 _TO_LOGISTIC = 1.7  # the logistic function of 1.7 x is about the normal distribution's
 
