@@ -57,6 +57,7 @@ def test_least_foreseen() -> None:
     policy.used(0, (0,))
     assert policy.worth[0].argmax() == 0
     policy.foresee(0, np.array([0.1, 0.9, 0.0, 0.0]))
+    assert policy.worth[0].argmax() == 1
     policy.used(0, (0,))
     assert policy.worth[0].argmax() == 1
     assert policy.worth[0, 0] > policy.worth[0, 2]

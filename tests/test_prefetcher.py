@@ -27,7 +27,7 @@ class Cache:
     def holds(self, key: Key) -> bool:
         return False
 
-    def expect(self, keys: Sequence[Key]) -> None:
+    def expect(self, keys: Sequence[Key], behind: int) -> None:
         self.asked += keys
 
 

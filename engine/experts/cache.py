@@ -82,6 +82,7 @@ class ExpertCache:
         self._expected: dict[int, list[_Entry]] = {}  # by layer
         self._failed: dict[Key, Exception] = {}
         self._upcoming: list[Key] = []
+        self._layer = -1  # whose turn it was last
         self._may_leave = np.zeros(shape, np.bool_)  # in memory, and nobody uses or expects it
         self._lock = threading.Lock()
         self._reader = make_reader(store, self._slots, num_threads, link)
@@ -150,9 +151,12 @@ class ExpertCache:
                 self._expect(coming)
                 self.stats.prefetch_issued += 1
 
-    def expect(self, keys: Iterable[Key]) -> None:
-        """As :meth:`prefetch`, but behind what the layer whose turn it is will ask for."""
-        self._upcoming = list(keys)
+    def expect(self, keys: Iterable[Key], behind: int) -> None:
+        """As :meth:`prefetch`, but behind what layer ``behind``, whose turn it is, asks for or has asked for."""
+        if behind == self._layer:
+            self.prefetch(keys)
+        else:
+            self._upcoming = list(keys)
 
     def resize(self, num_slots: int) -> None:
         """Have ``num_slots`` slots from now on; experts leave if they become fewer.
@@ -216,6 +220,7 @@ class ExpertCache:
             for number in numbers:
                 self.uses[layer][number] += 1
             self.chosen[layer] = numbers
+            self._layer = layer
             self.eviction.used(layer, numbers)
             for key in keys:
                 entry = self._entries.get(key)
@@ -240,8 +245,9 @@ class ExpertCache:
                     self._reader.hurry(entry.load)
             self._end_expectations(layer)
             self._start(missing, waiting, set())
-        upcoming, self._upcoming = self._upcoming, []
-        self.prefetch(upcoming)
+        if self._upcoming:
+            upcoming, self._upcoming = self._upcoming, []
+            self.prefetch(upcoming)
         return missing, waiting, lying
 
     def _start(self, missing: list[Key], waiting: list[Key], held: set[Key]) -> None:

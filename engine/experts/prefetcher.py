@@ -73,7 +73,7 @@ class Prefetcher:
         if self.active:
             keys = self._worthwhile(named)
             if layer in self._cache.store.index.layers:
-                self._cache.expect(keys)  # what this layer itself asks for comes first
+                self._cache.expect(keys, layer)  # what this layer itself asks for comes first
             else:
                 self._cache.prefetch(keys)
 

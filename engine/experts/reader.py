@@ -40,6 +40,7 @@ class Load:
     cancelled: bool = False
     started: bool = field(default=False, init=False)
     order: int = field(default=0, init=False)
+    asked: float = field(default=0.0, init=False)
 
 
 class Link:
@@ -61,13 +62,13 @@ class Link:
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(_TIMER_SLACK, ctypes.c_ulong(1), 0, 0, 0)
 
-    def carry(self, num_bytes: int, first: bool) -> None:
-        """Wait until ``num_bytes`` more have passed."""
+    def carry(self, num_bytes: int, first: bool, asked: float) -> None:
+        """Wait until ``num_bytes`` more have passed of what was asked for at ``asked``, in ``perf_counter``'s seconds."""
         with self._lock:
-            begin = max(time.perf_counter(), self._free)
+            begin = max(asked, self._free)
             self._free = begin + num_bytes / self.bytes_per_second + (self.latency if first else 0.0)
             until = self._free
-        # Sleeping a little too long shifts no later load: each begins where the last one should have ended.
+        # Sleeping a little too long shifts no later load: each begins when the link is free.
         if (left := until - time.perf_counter()) > 0:
             time.sleep(left)
 
@@ -126,7 +127,7 @@ class ThreadedReader:
     def submit(self, load: Load) -> None:
         with self._wake:
             self._count += 1
-            load.order = self._count
+            load.order, load.asked = self._count, time.perf_counter()
             self._push(load)
             self._wake.notify()
 
@@ -215,7 +216,7 @@ class ThreadedReader:
             end = min(load.done + _PIECE, size)
             self._store.read(load.key, target, load.done, end)
             if self._link is not None:
-                self._link.carry(end - load.done, load.done == 0)
+                self._link.carry(end - load.done, load.done == 0, load.asked)
             load.done = end
             if load.done < size and self._keeps_pieces and (self._closed or self._give_way(load)):
                 return False

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -139,10 +140,10 @@ class FusedExpertStepper(FusedStepper):
         self, index: int, hidden: Tensor, positions: Sequence[int], slots: Sequence[int]
     ) -> Tensor:
         """Layer ``index`` in commands: ``[T, D] -> [T, D]``, any number of rows."""
-        attended = self.attend(index, hidden, positions, slots)
-        if self.decoder.watch is not None:
-            self.decoder.watch(index, attended.hidden[None])
-        return self.feed_forward(index, attended)
+        attended, watch = self.attend(index, hidden, positions, slots), self.decoder.watch
+        # Who watches does so while the workers have begun with the first experts.
+        meanwhile = None if watch is None else partial(watch, index, attended.hidden[None])
+        return self.feed_forward(index, attended, meanwhile)
 
     def attend(
         self,
@@ -185,10 +186,16 @@ class FusedExpertStepper(FusedStepper):
             weights[-side.rows :] = weights[: side.rows]
         return Attended(*out, chosen, weights, added)
 
-    def feed_forward(self, index: int, attended: Attended) -> Tensor:
-        """The experts of layer ``index``, added: ``[T, D]``."""
+    def feed_forward(
+        self, index: int, attended: Attended, meanwhile: Callable[[], None] | None = None
+    ) -> Tensor:
+        """The experts of layer ``index``, added: ``[T, D]``.
+
+        Args:
+            meanwhile: called once, as soon as the layer's own experts have been asked for.
+        """
         ffn, chosen = self.decoder.layers[index].ffn, attended.chosen
-        work = _Work(self, attended)
+        work = _Work(self, attended, meanwhile)
         if (shared := self._shared.get(index)) is not None:
             work.add(shared, chosen.shape[1])
         if not isinstance(ffn, MixtureOfExperts):
@@ -268,9 +275,12 @@ class _Work:
         result: ``[T, D]``, filled by the command that adds up.
     """
 
-    def __init__(self, stepper: FusedExpertStepper, attended: Attended) -> None:
+    def __init__(
+        self, stepper: FusedExpertStepper, attended: Attended, meanwhile: Callable[[], None] | None
+    ) -> None:
         normed, weights, added = attended.normed, attended.weights, attended.added
         self._stepper, self._normed, self._attended = stepper, normed, attended
+        self._meanwhile = meanwhile
         self.result = torch.empty_like(normed)
         rows, size = normed.shape
         self._places = torch.empty(weights.shape[1], rows, size)  # what came out for each row and place
@@ -307,6 +317,9 @@ class _Work:
         self._scatter()
         if self._count or add_up:
             self._flush(add_up)
+        elif self._meanwhile is not None:  # there was nothing to begin with
+            self._meanwhile()
+            self._meanwhile = None
 
     def _scatter(self) -> None:
         if self._scattered:
@@ -330,5 +343,9 @@ class _Work:
 
     def _flush(self, add_up: bool) -> None:
         values = {**self._fields, control.ADD_UP: int(add_up), control.NUM_EXPERTS: self._count}
-        self._stepper.team.run(control.RUN_EXPERTS, values)
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile is None:
+            self._stepper.team.run(control.RUN_EXPERTS, values)
+        else:
+            self._stepper.team.run(control.RUN_EXPERTS, values, meanwhile)
         self._count = self._act = 0

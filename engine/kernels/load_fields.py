@@ -27,7 +27,9 @@ RING_SIZE = 8192
 RING_FIELDS = TAIL + 1 + RING_SIZE
 CONTROL_FIELDS = RING + 2 * RING_FIELDS
 
-STATE, OFFSET, TARGET = range(3)  # of an entry; where in the file, and an address
+STATE, OFFSET, TARGET, ASKED = range(
+    4
+)  # of an entry; where in the file, an address, and when, in nanoseconds
 ENTRY_FIELDS = 8  # a cache line
 NUM_ENTRIES = 4096
 QUEUED, STARTED, DONE, FAILED, CANCELLED = range(1, 6)  # states

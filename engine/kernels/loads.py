@@ -28,6 +28,7 @@ from engine.kernels.intrinsics import (
     put_i64,
 )
 from engine.kernels.load_fields import (
+    ASKED,
     BANDWIDTH,
     CANCELLED,
     CLOSED,
@@ -180,7 +181,7 @@ def _take(control: int, lowest: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def _carry_piece(control: int, entry: int, done: int, begun: int, urgent: int) -> int:
+def _carry_piece(control: int, entry: int, done: int, urgent: int) -> int:
     """Read one piece, and let the imitated link, if there is one, take its time; bytes, or 0 if that failed."""
     count = min(PIECE, get_i64(control + 8 * NUM_BYTES) - done)
     target, offset = get_i64(entry + 8 * TARGET) + done, get_i64(entry + 8 * OFFSET) + done
@@ -191,13 +192,15 @@ def _carry_piece(control: int, entry: int, done: int, begun: int, urgent: int) -
             break
     bandwidth = get_i64(control + 8 * BANDWIDTH)
     if read > 0 and bandwidth > 0:  # then one thread serves alone
-        until = max(begun, get_i64(control + 8 * FREE_AT)) + read * 1_000_000_000 // bandwidth
+        # A load begins when the link is free, whenever this thread came to see it: links need no threads.
+        asked, free = get_i64(entry + 8 * ASKED), get_i64(control + 8 * FREE_AT)
+        until = max(asked, free) + read * 1_000_000_000 // bandwidth
         if done == 0:
             until += get_i64(control + 8 * LATENCY)
         put_i64(control + 8 * FREE_AT, until)
         left = until - nanoseconds()
         # A load that is waited for ends on time, and until then nobody wants the core. Sleeping a little too long
-        # shifts no later load: each begins where the last one should have ended.
+        # shifts no later load.
         if left > _OVERSLEPT or (left > 0 and urgent == 0):
             sleep_for(left - _OVERSLEPT * urgent)
         while urgent == 1 and nanoseconds() < until:
@@ -219,12 +222,12 @@ def _end(control: int, entry: int, done: int) -> None:
 def _serve_demanded(control: int) -> None:
     size = get_i64(control + 8 * NUM_BYTES)
     while True:
-        begun, entry = nanoseconds(), _take(control, DEMANDED)
+        entry = _take(control, DEMANDED)
         if entry == 0:
             return
         done, read = 0, 1
         while done < size and read > 0:
-            read = _carry_piece(control, entry, done, begun, 1)
+            read = _carry_piece(control, entry, done, 1)
             done += read
         _end(control, entry, done)
 
@@ -233,14 +236,14 @@ def _serve_demanded(control: int) -> None:
 def _serve_expected(control: int) -> int:
     """One request; 0 if there is none."""
     size = get_i64(control + 8 * NUM_BYTES)
-    begun, entry = nanoseconds(), _take(control, EXPECTED)
+    entry = _take(control, EXPECTED)
     if entry == 0:
         return 0
     done, read = 0, 1
     while done < size and read > 0:
         if done > 0:
             _serve_demanded(control)
-        read = _carry_piece(control, entry, done, begun, 0)
+        read = _carry_piece(control, entry, done, 0)
         done += read
     _end(control, entry, done)
     return 1
@@ -272,6 +275,8 @@ def native_code() -> dict[str, tuple[str, bytes]]:
     def submit(control: int, entry: int, urgency: int) -> None:
         ring = control + 8 * (RING + urgency * RING_FIELDS)
         tail = atomic_get(ring + 8 * TAIL)
+        place = get_i64(control + 8 * ENTRIES) + 8 * ENTRY_FIELDS * entry
+        put_i64(place + 8 * ASKED, nanoseconds())
         put_i64(ring + 8 * (TAIL + 1 + tail % RING_SIZE), entry)
         atomic_add(ring + 8 * TAIL, 1)
         _wake_one(control, SLEEPERS, WAKE_AT)

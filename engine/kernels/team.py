@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -43,8 +44,12 @@ class Team:
         self._pid = os.getpid()
         _teams.add(self)
 
-    def run(self, command: int, values: dict[int, int]) -> None:
-        """Fill the control block and run ``command`` on all threads; returns when it is done."""
+    def run(self, command: int, values: dict[int, int], meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Fill the control block and run ``command`` on all threads; returns when it is done.
+
+        Args:
+            meanwhile: what the caller has to do first, while the workers have begun.
+        """
         with self._lock:
             self._start_workers()
             control = self._fields
@@ -52,7 +57,10 @@ class Team:
                 control[field] = value
             control[fields.COMMAND] = command
             self._publish()
-            self._program.work(self.address, 0, 0)
+            try:
+                meanwhile()
+            finally:
+                self._program.work(self.address, 0, 0)
 
     def copy_slot(self, layers: int, source: int, target: int) -> None:
         """Have the caches of the first ``layers`` layers hold in slot ``target`` what they hold in ``source``."""

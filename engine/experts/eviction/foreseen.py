@@ -27,8 +27,12 @@ class LeastForeseen:
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
         self._frequencies.used(layer, numbers)
-        self.worth[layer] = (self._chances[layer] + self._frequencies.worth[layer]) / 2
+        self._join(layer)
 
     def foresee(self, layer: int, chances: np.ndarray) -> None:
-        """How likely each expert of ``layer`` is to be chosen the next time, ``[E]``; told before its turn."""
+        """How likely each expert of ``layer`` is to be chosen the next time, ``[E]``; told in the layer's turn."""
         self._chances[layer] = chances
+        self._join(layer)
+
+    def _join(self, layer: int) -> None:
+        self.worth[layer] = (self._chances[layer] + self._frequencies.worth[layer]) / 2

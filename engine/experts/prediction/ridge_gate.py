@@ -80,7 +80,7 @@ class _Reader:
         if self.again:
             place = maps.sparse.index(layer)
             found, errors = [*found, maps.again[place]], [*errors, maps.again_error[place]]
-        self._num_maps, self._matrix = len(found), torch.cat(found) if found else maps.ahead[0, :0]
+        self._num_maps, self._matrix = len(found), (torch.cat(found) if found else maps.ahead[0, :0]).float()
         # Apart, for one row: the bias needs no copy of the state with a one behind it.
         self._weights = self._matrix[:, :-1].cpu().contiguous().numpy()
         self._bias = self._matrix[:, -1].cpu().numpy()
