@@ -205,6 +205,10 @@ class Forgetful(InPlace):
 
     turn = 0
 
+    def __init__(self, store: ExpertStore) -> None:
+        super().__init__(store)
+        self.at_once = 1
+
     def holds(self, key: Key) -> bool:
         self.turn += 1
         return self.turn % 3 == 0 and super().holds(key)

@@ -105,13 +105,13 @@ class ExpertCache:
         held = set(keys) - set(missing) - lying.keys()
         try:
             while True:
+                some = list(lying)[: self._in_place.at_once] if self._in_place is not None else []
                 yield [
                     *((key[1], self._entries[key].slot.expert) for key in ready),
-                    *((key[1], expert) for key, expert in lying.items()),
+                    *((key[1], lying.pop(key)) for key in some),
                 ]
-                if lying and self._in_place is not None:
-                    self._in_place.leave(lying)
-                    lying.clear()
+                if self._in_place is not None:
+                    self._in_place.leave(some)
                 with self._lock:
                     for key in ready:
                         entry = self._entries[key]
@@ -120,9 +120,9 @@ class ExpertCache:
                         self._note(entry)
                         held.remove(key)
                     self._start(missing, waiting, held)
-                if not waiting and not missing:
+                if not waiting and not missing and not lying:
                     return
-                ready = self._wait(waiting, missing, held)
+                ready = [] if lying else self._wait(waiting, missing, held)
         finally:
             with self._lock:
                 for key in held:

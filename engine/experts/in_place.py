@@ -28,12 +28,16 @@ from engine.experts.store import ExpertStore, Key
 from engine.models.feed_forward import FeedForward
 
 _TRUST = 5.0  # seconds for which what is in the file cache is taken to stay there
+_WINDOW = 32 << 20  # bytes of it that stay this process's memory when they have been used
 _log = logging.getLogger(__name__)
 _DROP: int = getattr(mmap, "MADV_DONTNEED", 0)
 
 
 class InPlace:
     """The experts of a store as they lie.
+
+    Attributes:
+        at_once: how many may be computed with before some :meth:`leave`, so that little memory is theirs.
 
     Raises:
         OSError: the store cannot be mapped, or the system does not tell what is in its file cache.
@@ -43,12 +47,14 @@ class InPlace:
         if sys.platform != "linux" or store.direct:
             raise OSError("this system does not tell what is in its file cache")
         self._store, self._size = store, store.layout.nbytes
+        self.at_once = max(1, _WINDOW // self._size)
         self._mincore = ctypes.CDLL(None).mincore
         self._mapped = mmap.mmap(store.descriptor, 0, access=mmap.ACCESS_COPY)
         self._bytes = np.frombuffer(self._mapped, np.uint8)
         self._present = np.zeros(self._size // PAGE, np.uint8)
         self._experts: dict[Key, FeedForward] = {}
         self._seen: dict[Key, float] = {}  # when an expert was last found in the file cache
+        self._window: dict[Key, None] = {}  # what has been computed with, the earliest first
 
     def holds(self, key: Key) -> bool:
         """Whether the system has all of an expert in its file cache, or had it a moment ago."""
@@ -76,13 +82,19 @@ class InPlace:
                 self._store.check(key, blob.data)
             except ExpertStoreError:
                 return None  # loading it tells
+            self._mapped.madvise(_DROP, begin, size)  # a whole layer of a prompt's may be looked at before one is used
             found = self._experts[key] = self._store.layout.view(torch.from_numpy(blob))
         return found
 
     def leave(self, keys: Iterable[Key]) -> None:
-        """Nobody computes with these any more: they are not this process's memory any longer."""
+        """Nobody computes with these any more: they may cease to be this process's memory."""
         for key in keys:
-            self._mapped.madvise(_DROP, self._store.offset(key), self._size)
+            self._window.pop(key, None)
+            self._window[key] = None
+        while len(self._window) * self._size > _WINDOW:
+            first = next(iter(self._window))
+            del self._window[first]
+            self._mapped.madvise(_DROP, self._store.offset(first), self._size)
 
 
 def find_in_place(store: ExpertStore, slots: SlotMaker) -> InPlace | None:
