@@ -13,7 +13,7 @@ from engine.experts.cache import ExpertCache
 from engine.experts.planner import CUDA_OWN, MemoryPlan
 from engine.hardware import MemoryUse, gpu_memory, machine_memory, process_memory, return_free_memory
 
-_PERIOD = 1.0  # seconds between two looks
+_PERIOD = 0.2  # seconds between two looks
 _LEAST_FREE = 0.04  # of the machine's memory; below it the system begins to swap or to kill
 _STEP = 0.25  # of the slots that leave at once
 _log = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ class MemoryGuard:
         self._next = now + _PERIOD
         size = self._cache.store.layout.nbytes
         over = self._own() - self._plan.budget
+        if over > 0:  # part of it may be what a prompt has left behind
+            return_free_memory()
+            over = self._own() - self._plan.budget
         # Slots that could not make up for it all together would be given for nothing.
         if 0 < over <= (self._cache.num_slots - self._plan.least_slots) * size:
             self._shrink(-(-over // size))

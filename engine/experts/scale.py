@@ -32,7 +32,7 @@ from engine.experts.prefetcher import Prefetcher
 from engine.experts.random_model import RandomModel, sample
 from engine.experts.slots import SlotMaker, slot_maker
 from engine.experts.store import ExpertStore
-from engine.hardware import gpu_memory, machine
+from engine.hardware import gpu_memory, machine, return_free_memory
 from engine.metrics import ExpertStats
 from engine.models.decoder import Decoder
 from engine.models.feed_forward import ResidentExperts
@@ -147,6 +147,7 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         store, model.device, plan.host
     )  # all lanes' slots take their experts from the same RAM
     dense = model.decoder(lambda layer: ResidentExperts(()))
+    return_free_memory()  # what making it up has left behind
     alone = len(options.lanes) == 1  # several together outgrow the memory that each is planned for
     lanes = [_Lane(name, model, dense, store, plan, slots, alone) for name in options.lanes]
     generator = torch.Generator().manual_seed(1)
