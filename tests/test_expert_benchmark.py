@@ -72,7 +72,9 @@ def test_ratios_are_prompt_by_prompt() -> None:
     assert found[0]["tokens_per_second"] == 5.0 and found[0]["to_oracle"] is None
     assert found[0]["hit_rate"] == pytest.approx(1 / 3) and found[0]["mean_acceptance_length"] == 1.5
     report = {
-        "settings": [{"link": "x", "weight": 2.0, "bandwidth": 1e6, "cache_percent": 25, "rows": found}]
+        "format": "int4",
+        "expert_bytes": 37000,
+        "settings": [{"link": "x", "weight": 2.0, "bandwidth": 1e6, "cache_percent": 25, "rows": found}],
     }
     assert "| lru | 10.0 | 2.00 (1.50 to 3.00) |" in experts_table(report)
 

@@ -17,7 +17,7 @@ from engine.experts.tables import experts_table, scale_table
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- results: filled from assets/results, by nothing but measurement -->\n"
 END = "<!-- end of results -->"
-_LINKS = ("pcie4x16", "slower-links")  # the expert benchmark's reports
+_LINKS = ("pcie4x16", "slower-links", "large")  # the expert benchmark's reports
 _BEST = ("m2r2", "lookup", "stream", "plain")  # the first that was measured is told
 _SUMMARY = ("model", "prompts", "weights", "plain tok/s", "drafting tok/s", "to plain (quartiles)", "tokens a round",
             "plain, drafting to llama.cpp")  # fmt: skip

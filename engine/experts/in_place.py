@@ -82,7 +82,9 @@ class InPlace:
                 self._store.check(key, blob.data)
             except ExpertStoreError:
                 return None  # loading it tells
-            self._mapped.madvise(_DROP, begin, size)  # a whole layer of a prompt's may be looked at before one is used
+            self._mapped.madvise(
+                _DROP, begin, size
+            )  # a whole layer of a prompt's may be looked at before one is used
             found = self._experts[key] = self._store.layout.view(torch.from_numpy(blob))
         return found
 

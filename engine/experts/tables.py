@@ -13,7 +13,7 @@ def experts_table(report: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for setting in report["settings"]:
         lines += [
-            f"**{setting['link']}** (a layer's experts take {setting['weight']:.1f} times as long to load as the layer to "
+            f"**{setting['link']}**, {report['format']}, experts of {report['expert_bytes'] / 1e3:.0f} KB (a layer's experts take {setting['weight']:.1f} times as long to load as the layer to "
             f"compute; {setting['bandwidth'] / 1e6:.0f} MB/s here), {setting['cache_percent']} % of the experts in memory",
             "",
             "| lane | tok/s | to on-demand | to LRU | to oracle | to resident | KB/token | hits | precision | recall | "
