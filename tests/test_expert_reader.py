@@ -105,6 +105,16 @@ def test_more_loads_than_the_rings_have_room_for(kind: str, store: ExpertStore) 
         assert len(running.ended) == total
 
 
+def test_more_loads_than_there_are_entries(
+    kind: str, store: ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.kernels.load_fields.NUM_ENTRIES", 3)
+    with Running(kind, store) as running:
+        for number in range(len(store.keys)):
+            running.submit(number, EXPECTED)
+        assert len(set(map(id, running.wait_for(len(store.keys))))) == len(store.keys)
+
+
 def test_what_is_waited_for_goes_first(kind: str, store: ExpertStore) -> None:
     with Running(kind, store, SLOW) as running:
         expected = [running.submit(number, EXPECTED) for number in range(6)]

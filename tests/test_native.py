@@ -79,24 +79,24 @@ def test_the_compiler_has_a_process_of_its_own(
 ) -> None:
     """And where that cannot be had, or leaves nothing, the code is compiled here."""
     kept = {"work": ("_work", b"abc"), "publish": ("_publish", b"de"), "copy_slot": ("_copy", b"fg")}
-    here: list[Kinds] = []
+    here: list[tuple[str, ...]] = []
     monkeypatch.setattr(native, "_link", lambda symbol, code, *_: (symbol, code))
-    monkeypatch.setattr(native, "_compile", lambda kinds: here.append(kinds) or kept)
+    monkeypatch.setattr(native, "_compile", lambda names: here.append(names) or kept)
     load = native.load_program.__wrapped__
 
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError("no more processes")
 
     monkeypatch.setattr(native.subprocess, "run", refuse)
-    assert load(KINDS).work == ("_work", b"abc") and here == [KINDS]
+    assert load(KINDS).work == ("_work", b"abc") and here == [astuple(KINDS)]
 
     def compile_apart(command: list[str], **options: Any) -> Any:
         assert command[1:] == ["-m", "engine.kernels.native", *astuple(KINDS)]
-        native._write(native._file(KINDS), kept)
+        native._write(native._file(astuple(KINDS)), kept)
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(native.subprocess, "run", compile_apart)
-    assert load(KINDS).publish == ("_publish", b"de") and here == [KINDS]
+    assert load(KINDS).publish == ("_publish", b"de") and here == [astuple(KINDS)]
 
 
 def test_torch_without_shapes_works_as_ever(tmp_path: Path) -> None:

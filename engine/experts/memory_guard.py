@@ -51,7 +51,8 @@ class MemoryGuard:
         self._next = now + _PERIOD
         size = self._cache.store.layout.nbytes
         over = self._own() - self._plan.budget
-        if over > 0:  # part of it may be what a prompt has left behind
+        # Part of it may be what a prompt has left behind.
+        if over > 0 and self._cache.num_slots > self._plan.least_slots:
             return_free_memory()
             over = self._own() - self._plan.budget
         # Slots that could not make up for it all together would be given for nothing.

@@ -54,6 +54,7 @@ class NativeReader:
         self._free = list(range(fields.NUM_ENTRIES))
         self._loads: dict[int, Load] = {}  # by entry
         self._seen = 0
+        self._ended: list[Ended] = []  # and not told yet
         self._threads = [
             threading.Thread(
                 # The threads keep alive what they work with.
@@ -68,20 +69,25 @@ class NativeReader:
             thread.start()
 
     def submit(self, load: Load) -> None:
+        while not self._free:  # more at once than anybody should ask for
+            self.wait()
+            self._ended += self._collect()
         number = load.order = self._free.pop()
         self._loads[number] = load
         place = fields.ENTRY_FIELDS * number
         self._entries[place + fields.OFFSET] = self._store.offset(load.key)
         self._entries[place + fields.TARGET] = cast(HostSlot, load.slot).address
-        self._entries[place + fields.STATE] = fields.QUEUED
+        self._entries[place + fields.STATE] = fields.NEW
         self._program.submit(self._address, number, load.urgency)
 
     def hurry(self, load: Load) -> None:
-        if load.urgency != DEMANDED:
+        if load.urgency != DEMANDED and self._loads.get(load.order) is load:
             load.urgency = DEMANDED
             self._program.submit(self._address, load.order, DEMANDED)
 
     def cancel(self, load: Load) -> bool:
+        if self._loads.get(load.order) is not load:  # it has ended
+            return False
         self._program.cancel(self._address, load.order)
         if self._state(load.order) != fields.CANCELLED:
             return False
@@ -90,8 +96,12 @@ class NativeReader:
         return True
 
     def ended(self) -> Sequence[Ended]:
-        if self._control[fields.COMPLETED] == self._seen:
+        if self._control[fields.COMPLETED] == self._seen and not self._ended:
             return ()
+        ended, self._ended = [*self._ended, *self._collect()], []
+        return ended
+
+    def _collect(self) -> Sequence[Ended]:
         ended = list[Ended]()
         for number, load in list(self._loads.items()):
             if (state := self._state(number)) in (fields.DONE, fields.FAILED):
@@ -102,7 +112,8 @@ class NativeReader:
         return ended
 
     def wait(self) -> None:
-        self._program.wait(self._address, self._seen)
+        if not self._ended:
+            self._program.wait(self._address, self._seen)
 
     def close(self) -> None:
         if self._threads:

@@ -32,4 +32,4 @@ STATE, OFFSET, TARGET, ASKED = range(
 )  # of an entry; where in the file, an address, and when, in nanoseconds
 ENTRY_FIELDS = 8  # a cache line
 NUM_ENTRIES = 4096
-QUEUED, STARTED, DONE, FAILED, CANCELLED = range(1, 6)  # states
+NEW, QUEUED, STARTED, DONE, FAILED, CANCELLED = range(6)  # states

@@ -43,6 +43,7 @@ from engine.kernels.load_fields import (
     FREE_AT,
     HEAD,
     LATENCY,
+    NEW,
     NUM_BYTES,
     OFFSET,
     QUEUED,
@@ -211,9 +212,8 @@ def _carry_piece(control: int, entry: int, done: int, urgent: int) -> int:
 @njit(nogil=True, error_model="numpy")
 def _end(control: int, entry: int, done: int) -> None:
     whole = done == get_i64(control + 8 * NUM_BYTES)
-    swap_if(
-        entry + 8 * STATE, STARTED, DONE if whole else FAILED
-    )  # behind the bytes themselves for who looks
+    # Behind the bytes themselves, for who looks.
+    swap_if(entry + 8 * STATE, STARTED, DONE if whole else FAILED)
     atomic_add(control + 8 * COMPLETED, 1)
     _wake_one(control, WAITERS, TELL_AT)
 
@@ -253,7 +253,7 @@ def native_code() -> dict[str, tuple[str, bytes]]:
     """The entry points, compiled for this CPU: of each its symbol and its object file.
 
     ``serve(control)``: does what is asked for until the control block is closed. ``submit(control, entry, urgency)``:
-    asks for an entry that is ``QUEUED``. ``cancel(control, entry)``: takes it back if it has not begun; its state tells.
+    asks for an entry that is ``NEW``, or once more for one that is not. ``cancel(control, entry)``: takes it back if it has not begun; its state tells.
     ``wait(control, seen)``: returns when more than ``seen`` loads have ended.
     """
 
@@ -277,6 +277,9 @@ def native_code() -> dict[str, tuple[str, bytes]]:
         tail = atomic_get(ring + 8 * TAIL)
         place = get_i64(control + 8 * ENTRIES) + 8 * ENTRY_FIELDS * entry
         put_i64(place + 8 * ASKED, nanoseconds())
+        swap_if(
+            place + 8 * STATE, NEW, QUEUED
+        )  # behind what else it says: the rings may still hold its number
         put_i64(ring + 8 * (TAIL + 1 + tail % RING_SIZE), entry)
         atomic_add(ring + 8 * TAIL, 1)
         _wake_one(control, SLEEPERS, WAKE_AT)
