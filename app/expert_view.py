@@ -11,6 +11,7 @@ from app.telemetry import Cell
 from engine.experts.report import ExpertReport
 from engine.metrics import ExpertStats
 
+_WORTH_TELLING = 0.01
 _LEAST_WIDTH = 256  # pixels, for the words under a small map
 
 
@@ -68,11 +69,11 @@ def ahead_sentence(report: ExpertReport) -> str:
 
 
 def in_place_sentence(stats: ExpertStats) -> str:
-    """What is computed outside the slots, if anything."""
-    if not stats.expert_in_place:
+    """What is computed outside the slots, if that is anything to speak of."""
+    share = stats.in_place_share or 0.0
+    if share < _WORTH_TELLING:
         return ""
-    share = telemetry.percent(stats.in_place_share)
-    return f" {share} of those chosen were computed straight from what the system keeps of the file in free memory."
+    return f" {telemetry.percent(share)} of those chosen were computed straight from what the system keeps of the file in free memory."
 
 
 def _map(report: ExpertReport) -> str:
