@@ -175,11 +175,10 @@ def test_damage_is_told(kind: str, store: ExpertStore) -> None:
 
 
 def test_closing_drops_what_has_not_ended(kind: str, store: ExpertStore) -> None:
-    began = time.monotonic()
     with Running(kind, store, Link(4e5)) as running:  # some 50 ms a load
         for number in range(len(store.keys)):
             running.submit(number, EXPECTED)
-    assert time.monotonic() - began < 0.05 * len(store.keys) / 2 + 1
+    assert len(running.reader.ended()) <= 2  # those that had begun
 
 
 def test_the_right_one_is_made(kind: str, store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,24 @@ def test_it_names_those_that_the_router_will_probably_choose(maps: RouterMaps, c
         both = gate.predict(0, torch.cat((hidden, -hidden)))
         assert set(named) | set(gate.predict(0, -hidden)) <= set(both)
     assert gate.predict(config.num_layers - 1, hidden) == []  # no layer comes behind it
+
+
+def test_dense_layers_around_those_with_experts_say_nothing(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "moe", "qwen3_moe", num_hidden_layers=6, mlp_only_layers=[0, 1, 4, 5])
+    config = open_checkpoint(tmp_path / "moe").config
+    assert config.experts is not None
+    world = World(config)
+    fit = RouterFit(world.maps)
+    fit.add(*world.sequences())
+    fit.solve()
+    hidden = torch.randn(1, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    for chosen in (config.experts.num_experts_per_tok, config.experts.num_experts):
+        policy = LeastForeseen((config.num_layers, config.experts.num_experts))
+        gate = RidgeGate(world.maps, chosen, policy)
+        named = {layer: gate.predict(layer, hidden) for layer in range(config.num_layers)}
+        assert [layer for layer, keys in named.items() if keys] == [1, 2]
+        assert {key[0] for keys in named.values() for key in keys} == {2, 3}
+        assert [bool(row.any()) for row in policy.worth] == [False, False, True, True, False, False]
 
 
 def test_the_policy_is_told_of_the_next_token(maps: RouterMaps, config: ModelConfig) -> None:

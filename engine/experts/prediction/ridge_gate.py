@@ -37,13 +37,16 @@ class RidgeGate:
     name = "ridge-gate"
 
     def __init__(self, maps: RouterMaps, num_chosen: int, eviction: EvictionPolicy | None = None) -> None:
-        self._maps, self._num_chosen = maps, num_chosen
+        # Where all are chosen there is no first that is not.
+        self._maps, self._num_chosen = maps, min(num_chosen, maps.ahead.shape[1] - 1)
         self._eviction = eviction if isinstance(eviction, LeastForeseen) else None
         self.informs = self._eviction is not None
-        self._readers = {layer: _Reader(maps, layer) for layer in range(max(maps.sparse) + 1)}
+        read = {layer - back for layer in maps.sparse for back in (0, 1) if layer - back >= 0}
+        self._readers = {layer: _Reader(maps, layer) for layer in read}
 
     def predict(self, layer: int, hidden: Tensor) -> Sequence[Key]:
-        reader = self._readers[layer]
+        if (reader := self._readers.get(layer)) is None:
+            return []  # a dense layer away from those with experts
         logits = reader.logits(self._maps, hidden)  # [T, maps, E]
         best = np.sort(logits, axis=-1)
         # Between the last that is chosen and the first that is not.
@@ -80,7 +83,7 @@ class _Reader:
         if self.again:
             place = maps.sparse.index(layer)
             found, errors = [*found, maps.again[place]], [*errors, maps.again_error[place]]
-        self._num_maps, self._matrix = len(found), (torch.cat(found) if found else maps.ahead[0, :0]).float()
+        self._num_maps, self._matrix = len(found), torch.cat(found).float()
         # Apart, for one row: the bias needs no copy of the state with a one behind it.
         self._weights = self._matrix[:, :-1].cpu().contiguous().numpy()
         self._bias = self._matrix[:, -1].cpu().numpy()
