@@ -9,9 +9,7 @@ from app.expert_watch import ExpertView
 from app.heat_map import heat_map, layers_across
 from app.telemetry import Cell
 from engine.experts.report import ExpertReport
-from engine.metrics import ExpertStats
 
-_WORTH_TELLING = 0.01
 _LEAST_WIDTH = 256  # pixels, for the words under a small map
 
 
@@ -25,7 +23,7 @@ def expert_panel(view: ExpertView | None) -> str:
         f'<section class="experts" aria-label="Experts">{_map(view.report)}'
         f'<div class="expert-figures"><small>{scope}</small><div class="figures">{figures}</div></div>'
         f'<div class="expert-words"><p>{escape(plan_sentences(view.report))}</p>'
-        f"<p>{ahead_sentence(view.report)}{in_place_sentence(view.stats)}</p></div>"
+        f"<p>{ahead_sentence(view.report)}</p></div>"
         "</section>"
     )
 
@@ -35,9 +33,13 @@ def figure_cells(view: ExpertView) -> list[Cell]:
     stats, report = view.stats, view.report
     held = sum(map(sum, report.resident))
     total = sum(map(len, report.resident))
+    hits = (
+        f"Of the experts chosen, those in memory already; {telemetry.percent(stats.in_place_share)} were computed straight "
+        "from what the system keeps of the file in free memory"
+    )
     room = f"Experts in memory now, and in all; there is room for {report.num_slots}"
     return [
-        Cell("hit rate", telemetry.percent(stats.hit_rate), "Of the experts chosen, those in memory already", 5),
+        Cell("hit rate", telemetry.percent(stats.hit_rate), hits, 5),
         Cell("stalled", telemetry.percent(view.stall_share), "Of the decoding time, waiting for the disk", 5),
         Cell("loaded per token", _size(view.bytes_per_token), "Read from disk for each token of the answer", 7),
         Cell("in memory", f"{held}/{total}", room, 9),
@@ -66,14 +68,6 @@ def ahead_sentence(report: ExpertReport) -> str:
     if report.prefetching:
         return "Experts that the next layer will probably choose are loaded ahead of time."
     return "Loading ahead of time has switched itself off, because it made this machine slower; it is tried again now and then."
-
-
-def in_place_sentence(stats: ExpertStats) -> str:
-    """What is computed outside the slots, if that is anything to speak of."""
-    share = stats.in_place_share or 0.0
-    if share < _WORTH_TELLING:
-        return ""
-    return f" {telemetry.percent(share)} of those chosen were computed straight from what the system keeps of the file in free memory."
 
 
 def _map(report: ExpertReport) -> str:
