@@ -72,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompts", default=None, metavar="FILE.jsonl", help="own prompts instead of a suite")
     bench.add_argument("--limit", type=int, default=None, help="number of prompts, spread over the suite")
     bench.add_argument("--max-tokens", type=int, default=128)
+    bench.add_argument(
+        "--ignore-eos", action="store_true", help="go on to --max-tokens where the model ends its answer"
+    )
     bench.add_argument("--formats", default="auto", help=f"weight formats, comma separated: {formats}")
     bench.add_argument("--methods", default="plain", help="decoding methods, comma separated")
     bench.add_argument("--peers", default="", help="transformers, llama.cpp")

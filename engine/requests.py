@@ -96,7 +96,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     max_new_tokens: int = 512
     method: str = "plain"
-    ignore_eos: bool = False  # benchmarks only: every lane produces the same number of tokens
+    ignore_eos: bool = False  # for measurements: a given number of tokens, whatever they are
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt_ids is None):

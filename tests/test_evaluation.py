@@ -9,6 +9,7 @@ import pytest
 
 from engine.errors import InvalidRequestError
 from engine.evaluation import row_costs
+from engine.evaluation.peers import SlipstreamLane, TransformersLane
 from engine.evaluation.runner import BenchSettings, load_samples, run_turns, save_report
 from engine.evaluation.statistics import Sample, balanced_order, quantile, summarise
 from engine.evaluation.suites import Prompt, load_prompts, suite_path
@@ -73,7 +74,7 @@ class FakeWorker:
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
 
-    def answer(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> Sample:
+    def answer(self, ids: list[int], settings: BenchSettings, seed: int) -> Sample:
         self.log.append(self.name)
         return sample(10)
 
@@ -118,3 +119,19 @@ def test_row_costs_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(low <= middle <= high for row in rows for middle, low, high in [row["1 rows"], row["5 rows"]])
     assert row_costs.main(["--model", str(tmp_path / "none.gguf")]) == 1
     assert "Error" in capsys.readouterr().err
+
+
+def test_lanes_end_where_the_model_ends_its_answer(tmp_path: Path) -> None:
+    folder = tiny.save_model(tmp_path / "tiny")
+    whole = SlipstreamLane(str(folder), "fp32", "plain", 1).generate([5, 9, 11], 12, 0.0, 0, True)
+    tokens = whole["token_ids"]
+    assert len(tokens) == 12
+    end = tokens[4]
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": end}))
+    lane, peer = SlipstreamLane(str(folder), "fp32", "plain", 1), TransformersLane(str(folder), 1)
+    for each in (lane, peer):
+        answer = each.generate([5, 9, 11], 12, 0.0, 0, False)["token_ids"]
+        assert answer[-1] == end and end not in answer[:-1]
+        assert len(each.generate([5, 9, 11], 12, 0.0, 0, True)["token_ids"]) == 12
+    assert lane.generate([5, 9, 11], 12, 0.0, 0, False)["token_ids"] == tokens[: tokens.index(end) + 1]

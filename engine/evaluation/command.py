@@ -75,7 +75,9 @@ def bench(arguments: argparse.Namespace) -> int:
     prompts = load_prompts(path, arguments.limit)
     suite = path.stem if arguments.prompts else arguments.suite
     threads = arguments.threads or usable_threads()
-    settings = BenchSettings(source, suite, arguments.max_tokens, threads, arguments.temperature)
+    settings = BenchSettings(
+        source, suite, arguments.max_tokens, threads, arguments.temperature, arguments.ignore_eos
+    )
     specs = lane_specs(arguments, source, threads)
     baseline = pick_baseline(specs, arguments.baseline)
     target = Path(arguments.json) if arguments.json else None

@@ -1,6 +1,6 @@
 """Lanes: one engine with one model, living in a worker process (see :mod:`engine.evaluation.worker`).
 
-A lane answers token ids with greedy or sampled tokens, exactly as many as asked, whatever their end.
+A lane answers token ids with greedy or sampled tokens, as many as asked or up to the answer's end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ class Lane(Protocol):
         """Facts of the lane for the report."""
         ...
 
-    def generate(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
-        """The fields of a :class:`~engine.evaluation.statistics.Sample`."""
+    def generate(
+        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+    ) -> dict[str, Any]:
+        """Up to ``max_tokens`` tokens, or exactly as many, whatever they end: the fields of a
+        :class:`~engine.evaluation.statistics.Sample`."""
         ...
 
 
@@ -81,7 +84,9 @@ class SlipstreamLane:
 
         return self.session.encode_chat([Message("user", text)])
 
-    def generate(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+    def generate(
+        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+    ) -> dict[str, Any]:
         from engine.requests import GenerationRequest, SamplingParams
 
         request = GenerationRequest(
@@ -89,7 +94,7 @@ class SlipstreamLane:
             sampling=SamplingParams(temperature=temperature, seed=seed),
             max_new_tokens=max_tokens,
             method=self.method,
-            ignore_eos=True,
+            ignore_eos=ignore_eos,
         )
         generation = self.session.stream_generate(request, reuse_prefix=False)
         for _ in generation:
@@ -134,7 +139,9 @@ class LlamaCppLane:
             "system": self.system,
         }
 
-    def generate(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+    def generate(
+        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+    ) -> dict[str, Any]:
         self.model.reset()
         self.model.set_seed(seed)
         tokens: list[int] = []
@@ -147,7 +154,7 @@ class LlamaCppLane:
         for token in stream:
             marks.append(time.perf_counter())
             tokens.append(int(token))
-            if len(tokens) == max_tokens:
+            if len(tokens) == max_tokens or (token == self.model.token_eos() and not ignore_eos):
                 break
         return timed(tokens, started, marks)
 
@@ -166,8 +173,9 @@ class TransformersLane:
         folder, gguf = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **gguf)
         self.model.to(pick_device("auto")).eval()
-        # Exactly max_new_tokens: no end token, and no filter that its own settings bring along.
-        self.model.generation_config = transformers.GenerationConfig(eos_token_id=None, pad_token_id=0)
+        self._ends = self.model.generation_config.eos_token_id or self.model.config.eos_token_id
+        # no filter that its own settings bring along
+        self.model.generation_config = transformers.GenerationConfig(pad_token_id=0)
         self.version = transformers.__version__
 
     def peak_memory_mb(self) -> float | None:
@@ -181,7 +189,9 @@ class TransformersLane:
             "version": f"transformers {self.version}",
         }
 
-    def generate(self, ids: list[int], max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+    def generate(
+        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+    ) -> dict[str, Any]:
         import torch
         from transformers import StoppingCriteriaList
 
@@ -200,6 +210,7 @@ class TransformersLane:
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=max_tokens,
+                eos_token_id=None if ignore_eos else self._ends,
                 stopping_criteria=StoppingCriteriaList([note_time]),
                 **({"do_sample": False} | sampling),
             )

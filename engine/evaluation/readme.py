@@ -68,7 +68,7 @@ def _reports(folder: Path) -> list[Path]:
 
 def _summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows, settings = report["rows"], report["settings"]
-    what = [_model(rows), f"{settings['suite']}, {rows[0]['num_prompts']} of {settings['max_tokens']} tokens"]
+    what = [_model(rows), f"{settings['suite']}, {rows[0]['num_prompts']} of {_length(settings)} tokens"]
     what[1] += f", {_sampling(settings)}" if settings["temperature"] else ""
     what[1] += f", {_where(report)}" if _on_gpu(rows) else ""
     ours, found = [row for row in rows if not row["peer"]], []
@@ -89,7 +89,7 @@ def _report(path: Path) -> str:
     report = _read(path)
     rows, settings = report["rows"], report["settings"]
     title = (
-        f"**{_model(rows)}**, {settings['suite']}, {rows[0]['num_prompts']} prompts, {settings['max_tokens']} new tokens, "
+        f"**{_model(rows)}**, {settings['suite']}, {rows[0]['num_prompts']} prompts, {_length(settings)} new tokens, "
         f"{_sampling(settings)}; {_where(report)}; ratios to {rows[0]['baseline']} ([raw]({path.name}))"
     )
     lines = [title, "", markdown_table(rows), ""]
@@ -105,6 +105,11 @@ def _report(path: Path) -> str:
 
 def _model(rows: Sequence[Mapping[str, Any]]) -> str:
     return str(next(row["model"] for row in rows).rsplit("/", 1)[-1])
+
+
+def _length(settings: Mapping[str, Any]) -> str:
+    """Of the answers; reports without the setting are of a time when all were as long."""
+    return f"{'' if settings.get('ignore_eos', True) else 'up to '}{settings['max_tokens']}"
 
 
 def _sampling(settings: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class BenchSettings:
     max_tokens: int
     threads: int
     temperature: float
+    ignore_eos: bool = False  # every answer has max_tokens, wherever the model would have ended it
 
 
 class Worker:
@@ -111,9 +112,10 @@ class Worker:
         self.peak_memory_mb = reply.get("peak_memory_mb", self.peak_memory_mb)
         return reply
 
-    def answer(self, ids: Sequence[int], max_tokens: int, temperature: float, seed: int) -> Sample:
-        """One prompt, ``max_tokens`` new tokens."""
-        message = {"ids": list(ids), "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    def answer(self, ids: Sequence[int], settings: BenchSettings, seed: int) -> Sample:
+        """One prompt, up to ``max_tokens`` new tokens."""
+        names = ("max_tokens", "temperature", "ignore_eos")
+        message = {"ids": list(ids), "seed": seed, **{name: getattr(settings, name) for name in names}}
         fields = self.ask(message)["sample"]
         return Sample(**{**fields, "token_ids": tuple(fields["token_ids"])})
 
@@ -149,13 +151,13 @@ def run_turns(
     todo = [p for p in prompts if not all(p.id in samples.get(name, {}) for name in names)]
     warm = encode("Hello.")
     for worker in workers.values() if todo else ():
-        worker.answer(warm, min(WARM_UP_TOKENS, settings.max_tokens), settings.temperature, 0)
+        worker.answer(warm, replace(settings, max_tokens=min(WARM_UP_TOKENS, settings.max_tokens)), 0)
     for turn, prompt in enumerate(todo):
         ids = encode(prompt.turns[0])
         answered: dict[str, Sample] = {}
         for name in balanced_order(names, turn):
             time.sleep(pause)
-            answered[name] = workers[name].answer(ids, settings.max_tokens, settings.temperature, turn)
+            answered[name] = workers[name].answer(ids, settings, turn)
         for name, sample in answered.items():
             samples.setdefault(name, {})[prompt.id] = sample
         yield len(prompts) - len(todo) + turn + 1, len(prompts)

@@ -19,10 +19,7 @@ def answer(lane: Lane, message: dict[str, Any]) -> dict[str, Any]:
     """Reply to one message."""
     if "encode" in message:
         return {"ids": lane.encode(message["encode"])}  # type: ignore[attr-defined]
-    sample = lane.generate(
-        message["ids"], message["max_tokens"], message["temperature"], message.get("seed", 0)
-    )
-    return {"sample": sample, "peak_memory_mb": lane.peak_memory_mb()}
+    return {"sample": lane.generate(**message), "peak_memory_mb": lane.peak_memory_mb()}
 
 
 def main() -> None:
