@@ -151,3 +151,22 @@ def test_the_policy_is_told_of_the_next_token(maps: RouterMaps, config: ModelCon
     logits = (maps.inputs(hidden[-1:]) @ maps.again[1].T)[0]
     assert np.array_equal(policy.worth[2].argsort(), logits.argsort().numpy())
     assert policy.worth[1].max() == 0
+
+
+def test_native_code_says_of_one_row_what_torch_says(maps: RouterMaps, config: ModelConfig) -> None:
+    assert config.experts is not None
+    maps.ahead_error.fill_(2.0)
+    maps.again_error.fill_(3.0)
+    native, torchs = (LeastForeseen((config.num_layers, config.experts.num_experts)) for _ in range(2))
+    for chosen in (1, config.experts.num_experts_per_tok, config.experts.num_experts):
+        gate, reference = RidgeGate(maps, chosen, native), RidgeGate(maps, chosen, torchs)
+        for reader in reference._readers.values():
+            assert reader.row is not None
+            reader.row = None
+        for seed in range(10):
+            for layer in range(config.num_layers):
+                hidden = 4 * torch.randn(
+                    1, config.hidden_size, generator=torch.Generator().manual_seed(10 * seed + layer)
+                )
+                assert gate.predict(layer, hidden) == reference.predict(layer, hidden)
+        assert np.allclose(native.worth, torchs.worth, atol=1e-5) and native.worth.any()

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from functools import cache, partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
+_MODULES = ("loads", "foretell")  # that are compiled once for all models
 _TIMEOUT = 600.0  # seconds; it takes most of a minute on two slow cores
 
 
@@ -61,6 +63,13 @@ class Loads:
 
 
 @cache
+def load_foretell() -> Callable[[int, int], None]:
+    """:func:`engine.kernels.foretell.native_code`'s, of a task and a state; once for the process. It keeps the interpreter
+    lock."""
+    return _link(*_objects(("foretell",))["foretell"], ctypes.PYFUNCTYPE, 2)
+
+
+@cache
 def load_program(kinds: Kinds) -> Program:
     """The code for ``kinds``, once for the process."""
     objects = _objects(astuple(kinds))
@@ -91,7 +100,7 @@ def load_loads() -> Loads:
 
 
 def _objects(names: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:
-    """Object code, compiled if it is not on the disk: ``loads``, or what :class:`Kinds` names."""
+    """Object code, compiled if it is not on the disk: a module of ``_MODULES``, or what :class:`Kinds` names."""
     file = _file(names)
     objects = _read(file)
     if objects is None and _compile_apart(names):
@@ -123,10 +132,8 @@ def _compile_apart(names: tuple[str, ...]) -> bool:
 def _compile(names: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:
     """Compile, and keep what came out if possible."""
     register_symbols()
-    if names == ("loads",):
-        from engine.kernels import loads
-
-        objects = loads.native_code()
+    if names[0] in _MODULES:
+        objects = import_module(f"engine.kernels.{names[0]}").native_code()
     else:
         from engine.kernels import program
 
