@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine import hardware
 from engine.memory_speed import known_bandwidth, measure_bandwidth
 from engine.model_report import ModelReport, examine_model, fused_problem, size_text
 
@@ -48,7 +47,7 @@ def estimate_fit(source: str, memory: int | None, weight_format: str = "auto") -
     from engine.loading import pick_device
 
     device = pick_device("auto")
-    model = examine_model(source, device, weight_format, memory, released=hardware.private_memory())
+    model = examine_model(source, device, weight_format, memory)
     if model.problem is not None:
         return Fit(model.problem[:1].upper() + model.problem[1:])
     if model.plan is None:

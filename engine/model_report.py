@@ -46,14 +46,12 @@ def examine_model(
     device: str,
     weight_format: str = "auto",
     memory: int | None = None,
-    released: int = 0,
     ask_hub: bool = False,
 ) -> ModelReport:
     """What is known of the model, what `auto` would pick for it, and whether there is memory for it.
 
     Args:
         memory: bytes that a mixture-of-experts model may take; None: what is free.
-        released: bytes that will be free as well once it is loaded.
         ask_hub: of a model that is not here, fetch its description from the hub.
     """
     path, size = None, None
@@ -90,7 +88,7 @@ def examine_model(
     )
     if device != "cpu" and config.experts is None:
         return report
-    return _with_plan(report, config, memory, released, device)
+    return _with_plan(report, config, memory, device)
 
 
 def _local_config(path: Path) -> ModelConfig:
@@ -118,16 +116,14 @@ def _remote_config(source: str) -> tuple[ModelConfig, int]:
     return config_from_hf(offer.config), offer.size
 
 
-def _with_plan(
-    report: ModelReport, config: ModelConfig, memory: int | None, released: int, device: str
-) -> ModelReport:
+def _with_plan(report: ModelReport, config: ModelConfig, memory: int | None, device: str) -> ModelReport:
     """Adds whether there is memory, and what lives where in it."""
     from engine.experts.planner import default_budget, fixed_bytes, plan_memory
     from engine.quantization import get_format
 
     fmt = get_format(report.weight_format or "")
     if config.experts is None:  # a dense model takes what it needs
-        needed, budget = fixed_bytes(config, fmt), default_budget(released)
+        needed, budget = fixed_bytes(config, fmt), default_budget()
         if needed <= budget:
             told = f"All of it fits into memory: it takes about {size_text(needed)}, and {size_text(budget)} can be had."
         else:
@@ -137,8 +133,7 @@ def _with_plan(
             )
         return replace(report, plan=told, fits=needed <= budget, memory_bytes=needed)
     try:
-        budget = memory or default_budget(released if device == "cpu" else 0, device)
-        plan = plan_memory(config, fmt, budget, device=device)
+        plan = plan_memory(config, fmt, memory, device=device)
     except OutOfMemoryError as error:
         return replace(report, plan=str(error), fits=False)
     return replace(

@@ -18,7 +18,7 @@ from app.model_panel import build_model_choice, fit_lines
 from app.preferences import PreferenceFile
 from engine import doctor, fit, hardware, memory_speed, paths
 from engine.errors import InvalidRequestError
-from engine.experts.planner import plan_memory
+from engine.experts.planner import default_budget, plan_memory
 from engine.models.families import config_from_hf
 from engine.quantization import get_format
 
@@ -103,7 +103,7 @@ def test_too_little_memory_has_no_speed(
 ):
     told = fit.estimate_fit(str(sparse), 10_000_000)
     assert told.fits is False and told.speed == "" and "10 MB" in str(told)
-    monkeypatch.setattr(hardware, "private_memory", lambda: 0)
+    monkeypatch.setattr("engine.experts.planner.private_memory", lambda: 0)
     monkeypatch.setattr(
         "engine.experts.planner.machine_memory", lambda: hardware.MemoryUse(99_000_000, 100_000_000)
     )
@@ -243,3 +243,9 @@ def test_the_line_under_the_fields(sparse: Path, slipstream_home: Path, monkeypa
         assert Elements(line).text.endswith(".") and "Traceback" not in line
     finally:
         (sparse / "away.json").rename(sparse / "config.json")
+
+
+def test_what_the_process_has_itself_is_its_own_to_take(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.experts.planner.machine_memory", lambda: hardware.MemoryUse(6 << 30, 8 << 30))
+    monkeypatch.setattr("engine.experts.planner.private_memory", lambda: 1 << 30)
+    assert default_budget() == int(0.85 * (3 << 30))

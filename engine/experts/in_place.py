@@ -28,7 +28,7 @@ from engine.experts.store import ExpertStore, Key
 from engine.models.feed_forward import FeedForward
 
 _TRUST = 5.0  # seconds for which what is in the file cache is taken to stay there
-_WINDOW = 32 << 20  # bytes of it that stay this process's memory when they have been used
+WINDOW = 32 << 20  # bytes of it that stay this process's memory when they have been used
 _log = logging.getLogger(__name__)
 _DROP: int = getattr(mmap, "MADV_DONTNEED", 0)
 
@@ -47,7 +47,7 @@ class InPlace:
         if sys.platform != "linux" or store.direct:
             raise OSError("this system does not tell what is in its file cache")
         self._store, self._size = store, store.layout.nbytes
-        self.at_once = max(1, _WINDOW // self._size)
+        self.at_once = max(1, WINDOW // self._size)
         self._mincore = ctypes.CDLL(None).mincore
         self._mapped = mmap.mmap(store.descriptor, 0, access=mmap.ACCESS_COPY)
         self._bytes = np.frombuffer(self._mapped, np.uint8)
@@ -93,7 +93,7 @@ class InPlace:
         for key in keys:
             self._window.pop(key, None)
             self._window[key] = None
-        while len(self._window) * self._size > _WINDOW:
+        while len(self._window) * self._size > WINDOW:
             first = next(iter(self._window))
             del self._window[first]
             self._mapped.madvise(_DROP, self._store.offset(first), self._size)

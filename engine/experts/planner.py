@@ -6,8 +6,10 @@ import re
 from dataclasses import dataclass
 
 from engine.errors import InvalidRequestError, OutOfMemoryError
-from engine.hardware import gpu_memory, machine_memory
+from engine.experts.in_place import WINDOW
+from engine.hardware import gpu_memory, machine_memory, private_memory
 from engine.models.config import ModelConfig
+from engine.models.decoder import PREFILL_CHUNK
 from engine.quantization.base import WeightFormat
 
 # Our choices:
@@ -17,6 +19,7 @@ CUDA_OWN = 900 << 20  # that CUDA takes of a GPU for itself: its context and cod
 # That a pass takes there besides the weights, and each layer with its graphs: models of 16 and 48 layers took 1.4 and
 # 2.0 GB with CUDA's own.
 _CUDA_PASS, _CUDA_LAYER = 150 << 20, 20 << 20
+_PROMPT_ROWS = 8  # of a chunk of a prompt, besides those of its experts
 _LEFT_ALONE = 0.15  # of the memory that is free, when nobody says how much to take
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -87,11 +90,14 @@ def plan_memory(
     experts = config.experts
     assert experts is not None
     if budget is None:
-        budget = default_budget(device=device)
+        budget = default_budget(device)
     expert = expert_bytes or int(3 * config.hidden_size * experts.intermediate_size * fmt.bytes_per_weight())
     sparse = sum(config.is_sparse(layer) for layer in range(config.num_layers))
     num_experts = sparse * experts.num_experts
-    process = _PROCESS if device == "cpu" else CUDA_OWN + _CUDA_PASS + config.num_layers * _CUDA_LAYER
+    if device == "cpu":
+        process = _PROCESS + WINDOW + _prompt_bytes(config)
+    else:
+        process = CUDA_OWN + _CUDA_PASS + config.num_layers * _CUDA_LAYER
     dense, context = _dense_bytes(config, fmt), _context_bytes(config, fmt)
     fixed = process + dense + context
     num_slots = min(num_experts, max(0, budget - fixed) // expert)
@@ -109,15 +115,12 @@ def plan_memory(
     )
 
 
-def default_budget(released: int = 0, device: str = "cpu") -> int:
-    """Bytes that a process may take when nobody says how many: what is free now, but for a share.
-
-    Args:
-        released: that will be free as well by the time it takes them.
-        device: whose memory it is.
-    """
+def default_budget(device: str = "cpu") -> int:
+    """Bytes that this process may take of the memory of ``device`` when nobody says how many: what is free now, and of RAM
+    what it has itself, with a model that the next one replaces; but for a share."""
     memory = machine_memory() if device == "cpu" else gpu_memory(device)
-    return int((memory.total - memory.used + released) * (1 - _LEFT_ALONE))
+    own = private_memory() if device == "cpu" else 0
+    return int((memory.total - memory.used + own) * (1 - _LEFT_ALONE))
 
 
 def fixed_bytes(config: ModelConfig, fmt: WeightFormat) -> int:
@@ -150,6 +153,12 @@ def _dense_bytes(config: ModelConfig, fmt: WeightFormat) -> int:
     itemsize = fmt.activation_dtype.itemsize
     # The predictor has routers of its own, in float32.
     return int(packed * fmt.bytes_per_weight()) + plain * itemsize + routers * (itemsize + 4)
+
+
+def _prompt_bytes(config: ModelConfig) -> int:
+    """What a chunk of a prompt takes between two layers: for each row what its experts make of it, and some copies."""
+    assert config.experts is not None
+    return 4 * PREFILL_CHUNK * config.hidden_size * (config.experts.num_experts_per_tok + _PROMPT_ROWS)
 
 
 def _context_bytes(config: ModelConfig, fmt: WeightFormat) -> int:
