@@ -17,8 +17,10 @@ from engine.experts.store import Key
 from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
 from engine.models.stepper import Stepper, TorchStepper, make_stepper
+from engine.residuals.expert_files import find_stream, load_stream
 from engine.residuals.expert_stream import ExpertStream, ExpertStreamConfig, run_slow, run_stream
-from engine.residuals.expert_tuning import find_stream, load_stream, tune_stream
+from engine.residuals.expert_tuning import tune_stream
+from engine.residuals.router_maps import router_logits
 from engine.residuals.training import TrainingConfig
 from engine.residuals.tuning import TuneRequest
 from engine.residuals.tuning_data import DataConfig
@@ -122,7 +124,7 @@ def test_the_rows_travel_as_in_training(
     def watch(layer: int, hidden: torch.Tensor) -> None:
         target = stream.target(layer)
         if target is not None and streamed.state is not None:
-            found[layer, target] = stream.router_logits(streamed, target, streamed.state[0])
+            found[layer, target] = router_logits(streamed, target, streamed.state[0])
 
     streamed.watch = watch
     stepper, cache = make(streamed), streamed.new_cache(64)
@@ -155,9 +157,9 @@ def test_training_makes_it_name_better(
     assert recall["next_token"] > 0.6 and recall["last_token"] > 0.6  # a tiny model repeats itself
     assert load_stream(path, decoder).maps.fitted
     assert load_stream(path, decoder).config.rank == 16
-    monkeypatch.setattr("engine.residuals.expert_tuning.tuned_dir", lambda: tmp_path / "none")
+    monkeypatch.setattr("engine.residuals.expert_files.tuned_dir", lambda: tmp_path / "none")
     assert find_stream(decoder) is None
-    monkeypatch.setattr("engine.residuals.expert_tuning.SHIPPED", path.parent.parent / "shipped")
+    monkeypatch.setattr("engine.residuals.expert_files.SHIPPED", path.parent.parent / "shipped")
     (path.parent.parent / "shipped").mkdir()
     path.parent.rename(path.parent.parent / "shipped" / "experts")
     assert find_stream(decoder) is not None

@@ -40,12 +40,12 @@ class World:
 
     def sequences(
         self, batch: int = 24, length: int = 40
-    ) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
-        states = [
-            5 * torch.randn(batch, length, self.config.hidden_size, generator=self.generator)
-            for _ in range(self.config.num_layers)
-        ]
-        logits: list[Tensor | None] = [None] * self.config.num_layers
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor]:
+        states = {
+            layer: 5 * torch.randn(batch, length, self.config.hidden_size, generator=self.generator)
+            for layer in range(self.config.num_layers)
+        }
+        logits = {}
         for place, layer in enumerate(self.maps.sparse):
             said = self.maps.inputs(states[layer - 1]) @ self.ahead[place].T
             said = said + (self.maps.inputs(states[layer]) @ self.again[place].T).roll(1, dims=1)

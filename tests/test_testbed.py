@@ -17,7 +17,7 @@ from engine.models.loader import load_decoder
 from engine.models.stepper import make_stepper
 from engine.requests import Message
 from engine.residuals.adapter_file import find_adapter
-from engine.residuals.expert_tuning import find_stream
+from engine.residuals.expert_files import find_stream
 from engine.residuals.training import run_teacher
 from engine.tokenizer import load_tokenizer
 

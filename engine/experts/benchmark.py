@@ -34,7 +34,7 @@ from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
 from engine.requests import Message
 from engine.residuals.adapter_file import find_adapter, load_accelerator
-from engine.residuals.expert_tuning import find_stream
+from engine.residuals.expert_files import find_stream
 from engine.tokenizer import load_tokenizer
 
 

@@ -151,13 +151,13 @@ def load_with_tiers(
 def _predictor(decoder: Decoder, cache: ExpertCache) -> Predictor:
     """What of all that was measured is the fastest (assets/results/README.md): the ridge gate, if it was fitted for this
     model, else the next gate. The accelerated stream names fewer experts than the first, and its row costs more."""
-    from engine.residuals.expert_tuning import find_stream
+    from engine.residuals.expert_files import find_maps
 
-    stream, experts = find_stream(decoder), decoder.config.experts
-    if stream is None or experts is None or not stream.maps.fitted:
+    maps, experts = find_maps(decoder), decoder.config.experts
+    if maps is None or experts is None:
         return NextGate(decoder)
     cache.eviction = foreseen = LeastForeseen(cache.store.index.shape)
-    return RidgeGate(stream.maps.to(decoder.device), experts.num_experts_per_tok, foreseen)
+    return RidgeGate(maps.to(decoder.device), experts.num_experts_per_tok, foreseen)
 
 
 def layout_facts(layout: BlobLayout, device: torch.device = _CPU) -> dict[str, Any]:

@@ -60,6 +60,10 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of a mixture of experts: what names its experts ahead of time instead",
     )
+    tune.add_argument(
+        "--memory", default=None, metavar="6GB",
+        help="with --experts: of what the process may take; a model that is larger unquantized is read from disk",
+    )  # fmt: skip
     tune.add_argument("--interval", type=int, default=3, help="with --experts: layers between two restarts")
     tune.add_argument(
         "--ablation", default=None, metavar="FILE.json", help="train many settings on the same budget instead"
@@ -82,8 +86,9 @@ def tune_command(arguments: argparse.Namespace) -> int:
             target, runner = Path(arguments.ablation), Runner(console.show, cancel)
             console.say(table(ablate(request, work_dir, target, runner, console.row)))
         elif arguments.experts:
+            from engine.residuals.expert_files import read_measured
             from engine.residuals.expert_stream import ExpertStreamConfig
-            from engine.residuals.expert_tuning import read_measured, tune_stream
+            from engine.residuals.expert_tuning import tune_stream
 
             config = ExpertStreamConfig(arguments.interval, arguments.rank, arguments.depth)
             path = tune_stream(request, config, work_dir, console.show, cancel)
@@ -110,6 +115,7 @@ def _interrupt(cancel: threading.Event) -> None:
 def _request(arguments: argparse.Namespace) -> TuneRequest:
     from dataclasses import replace
 
+    from engine.experts.planner import parse_memory
     from engine.hub import DEFAULT_MODEL
     from engine.loading import pick_device
     from engine.residuals.accelerator import AcceleratorConfig
@@ -148,6 +154,7 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
         ),
         steps=arguments.steps,
         disk_budget=parse_size(arguments.disk_budget),
+        memory=parse_memory(arguments.memory) if arguments.memory else None,
         device=arguments.device,
         threads=arguments.threads,
         out=Path(arguments.out) if arguments.out else None,

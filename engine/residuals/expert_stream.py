@@ -27,7 +27,7 @@ from engine.models.decoder import Decoder, rms_norm
 from engine.models.feed_forward import MixtureOfExperts, Route
 from engine.residuals.accelerator import LowRank, unit_rms
 from engine.residuals.corpus import causal_attention
-from engine.residuals.router_maps import RouterMaps
+from engine.residuals.router_maps import RouterMaps, router_logits
 
 _SPREAD = 2.0  # of router logits, at least, when their distributions are compared
 
@@ -106,13 +106,6 @@ class ExpertStream(nn.Module):
         """
         both = torch.cat((unit_rms(slow, self.model.norm_eps), final), dim=-1)
         return F.linear(both, self.union).unflatten(-1, (len(self.sparse), -1))
-
-    def router_logits(self, decoder: Decoder, target: int, state: Tensor) -> Tensor:
-        """What the router of ``target`` makes of the stream: ``[..., D] -> [..., E]``."""
-        layer = decoder.layers[target]
-        assert isinstance(layer.ffn, MixtureOfExperts)
-        normed = rms_norm(state, layer.mlp_norm, self.model.norm_eps)
-        return F.linear(normed, layer.ffn.router.to(normed.dtype))
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ def run_stream(stream: ExpertStream, decoder: Decoder, slow: SlowPass) -> dict[t
         state = state + layer.o(attended) + adapters.attention(x)
         target = stream.target(index)
         if target is not None:
-            logits[index, target] = stream.router_logits(decoder, target, state)
+            logits[index, target] = router_logits(decoder, target, state)
         if index + 1 < config.num_layers and not stream.restarts(index + 1):
             x = rms_norm(state, layer.mlp_norm, config.norm_eps)
             route = slow.routes[index]

@@ -8,8 +8,6 @@ serves both. The accelerated stream learns the distributions of the routers that
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import threading
 import time
 from collections import defaultdict
@@ -21,12 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.atomic import replacing
-from engine.errors import AdapterError, InvalidRequestError
+from engine import hub
+from engine.errors import InvalidRequestError, OutOfMemoryError
+from engine.experts.planner import plan_memory
+from engine.models.checkpoint import open_checkpoint
 from engine.models.decoder import Decoder
 from engine.progress import Progress
-from engine.residuals.adapter_file import SHIPPED, fingerprint, tuned_dir
+from engine.quantization import get_format
+from engine.residuals.adapter_file import tuned_dir
 from engine.residuals.corpus import Sequences
+from engine.residuals.expert_files import FOLDER, save_stream
 from engine.residuals.expert_stream import (
     ExpertStream,
     ExpertStreamConfig,
@@ -35,17 +37,15 @@ from engine.residuals.expert_stream import (
     run_slow,
     run_stream,
 )
-from engine.residuals.router_maps import RouterFit
+from engine.residuals.map_tuning import AGAIN, FIT_MAPS, REPEATED, tune_maps
+from engine.residuals.router_maps import RouterFit, router_logits
 from engine.residuals.stages import EVALUATE, INITIALISE, TRAIN, Runner
 from engine.residuals.training import BatchOrder, Trainer
 from engine.residuals.tuning import Prepared, TuneRequest, check, prepare
 from engine.residuals.tuning_store import Store, TuningStoppedError, cut, in_groups
 
 _UNION_TOKENS = 16384
-_FIT = replace(INITIALISE, label="Fitting the maps")
-_AGAIN, _REPEATED = "next_token", "last_token"
-FOLDER = "experts"  # beside the drafting accelerators
-_log = logging.getLogger(__name__)
+_FIT = replace(INITIALISE, label=FIT_MAPS.label)
 
 
 def tune_stream(
@@ -56,7 +56,8 @@ def tune_stream(
     cancel: threading.Event | None = None,
 ) -> Path:
     """Train the stream, or go on with it; returns its ``.safetensors`` file. On the CPU, wherever the request
-    says: nothing of it has been tried on a GPU.
+    says: nothing of it has been tried on a GPU. Of a model that does not fit into memory unquantized only the maps are
+    fitted (:mod:`engine.residuals.map_tuning`).
 
     Raises: as :func:`engine.residuals.tuning.tune`.
     """
@@ -65,6 +66,8 @@ def tune_stream(
         raise InvalidRequestError(f"The interval must be at least 1, not {config.interval}.")
     request, runner = replace(request, device="cpu"), Runner(on_progress, cancel)
     with Store(work_dir).locked():
+        if _is_too_large(request, runner):
+            return tune_maps(request, work_dir, runner)
         prepared = prepare(request, work_dir, runner, drafts=False)
         decoder = prepared.decoder
         if decoder.config.experts is None:
@@ -92,6 +95,17 @@ def tune_stream(
     return path
 
 
+def _is_too_large(request: TuneRequest, runner: Runner) -> bool:
+    """Whether the model's weights do not fit into memory as training takes them."""
+    config = open_checkpoint(hub.resolve(request.source, runner.on_progress, runner.cancel).path).config
+    if config.experts is None:
+        return False
+    try:
+        return not plan_memory(config, get_format("fp32"), request.memory).resident
+    except OutOfMemoryError:
+        return True
+
+
 @torch.no_grad()
 def _fit_union(stream: ExpertStream, prepared: Prepared, runner: Runner) -> None:
     """A minute's work on any machine, so it has no checkpoint of its own."""
@@ -117,7 +131,8 @@ def _fit_maps(stream: ExpertStream, prepared: Prepared, store: Store, runner: Ru
     def step(index: int) -> str:
         some = cut(sequences, groups[index])
         slow = run_slow(prepared.decoder, some.tokens.long())
-        fit.add(slow.middle, slow.logits, some.lengths)
+        logits = {layer: said for layer, said in enumerate(slow.logits) if said is not None}
+        fit.add(dict(enumerate(slow.middle)), logits, some.lengths)
         return ""
 
     runner.run(_FIT, store, "router-maps", len(groups), step, fit.state, fit.restore)
@@ -179,8 +194,8 @@ def measure(
                 for place, layer in enumerate(maps.sparse)
                 if layer
             },
-            _REPEATED: {(layer, layer): _earlier(slow.logits[layer]) for layer in maps.sparse},
-            _AGAIN: {
+            REPEATED: {(layer, layer): _earlier(slow.logits[layer]) for layer in maps.sparse},
+            AGAIN: {
                 (layer, layer): _earlier(maps.inputs(slow.middle[layer]) @ maps.again[place].T)
                 for place, layer in enumerate(maps.sparse)
             },
@@ -209,8 +224,8 @@ def measure(
     return {
         "recall_by_lookahead": {name: hits[name] / counts[name] for name in sorted(counts)},
         "note": f"Share of the {k} experts chosen that are among the {k} named, on held-out text, by layers ahead; of the "
-        f"union map over all layers, given the model's own final states. {_AGAIN}: named by the ridge gate while the last "
-        f"token is in the layer; {_REPEATED}: those that the last token was given.",
+        f"union map over all layers, given the model's own final states. {AGAIN}: named by the ridge gate while the last "
+        f"token is in the layer; {REPEATED}: those that the last token was given.",
     }
 
 
@@ -227,72 +242,5 @@ def _next_gate(stream: ExpertStream, decoder: Decoder, slow: SlowPass) -> dict[t
         target = stream.target(index)
         if target is None:
             continue
-        found[index, target] = stream.router_logits(decoder, target, slow.middle[index])
+        found[index, target] = router_logits(decoder, target, slow.middle[index])
     return found
-
-
-def read_measured(path: Path) -> str:
-    """What the card of a stream's file says about its predictions, as text."""
-    measured = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
-    recall = ", ".join(f"{name} {value:.1%}" for name, value in measured["recall_by_lookahead"].items())
-    return f"Recall by lookahead: {recall}.\n{measured['note']}"
-
-
-def find_stream(decoder: Decoder) -> ExpertStream | None:
-    """The stream for this model: one tuned on this machine, else a shipped one, else None."""
-    wanted = fingerprint(decoder)
-    for folder in (tuned_dir() / FOLDER, SHIPPED / FOLDER):
-        for path in sorted(folder.glob("*.json")):
-            try:
-                card = json.loads(path.read_text(encoding="utf-8"))
-                if card["base_model"]["fingerprint"] == wanted:
-                    return load_stream(path.with_suffix(".safetensors"), decoder)
-            except (OSError, ValueError, KeyError, TypeError, AdapterError) as error:
-                _log.warning("%s cannot be used: %s", path.name, error)
-    return None
-
-
-def load_stream(path: Path, decoder: Decoder) -> ExpertStream:
-    """The stream at ``path`` (``.safetensors`` with its card).
-
-    Raises:
-        AdapterError: it belongs to another model, or a file is missing or damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if card["base_model"]["fingerprint"] != fingerprint(decoder):
-            raise AdapterError(
-                f"{path.name} was trained for {card['base_model']['name']}, which is not the loaded model."
-            )
-        stream = ExpertStream(ExpertStreamConfig(**card["stream"]), decoder.config)
-        stream.load_state_dict(load_file(path))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise AdapterError(
-            f"{path.name} is damaged or incomplete; fetch it again or tune the model again."
-        ) from error
-    return stream.requires_grad_(False)
-
-
-def save_stream(
-    path: Path,
-    stream: ExpertStream,
-    decoder: Decoder,
-    name: str,
-    training: dict[str, Any],
-    measured: dict[str, Any],
-) -> None:
-    """Write ``path`` and its card, each atomically, the card last."""
-    from safetensors.torch import save
-
-    tensors = {key: value.detach().bfloat16().contiguous() for key, value in stream.state_dict().items()}
-    card = {
-        "base_model": {"name": name, "fingerprint": fingerprint(decoder)},
-        "stream": asdict(stream.config), "training": training, "measured": measured,
-    }  # fmt: skip
-    with replacing(path) as file:
-        file.write(save(tensors))
-    with replacing(path.with_suffix(".json")) as file:
-        file.write((json.dumps(card, indent=1) + "\n").encode())

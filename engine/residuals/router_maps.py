@@ -11,10 +11,15 @@ all our choice. Two maps a layer:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.models.config import ModelConfig
+from engine.models.decoder import Decoder, rms_norm
+from engine.models.feed_forward import MixtureOfExperts
 from engine.residuals.accelerator import unit_rms
 
 _RIDGE = 2e-3  # damping, in units of the states' mean square
@@ -56,39 +61,53 @@ class RouterMaps(nn.Module):
         return torch.cat((x, x.new_ones(*x.shape[:-1], 1)), dim=-1)
 
 
-class RouterFit:
-    """Ridge regression to the routers' logits, each row's less their mean, which decides nothing."""
+def router_logits(decoder: Decoder, layer: int, state: Tensor) -> Tensor:
+    """What the router of ``layer`` makes of a state between attention and feed-forward part: ``[..., D] -> [..., E]``."""
+    weights = decoder.layers[layer]
+    assert isinstance(weights.ffn, MixtureOfExperts)
+    normed = rms_norm(state, weights.mlp_norm, decoder.config.norm_eps)
+    return F.linear(normed, weights.ffn.router.to(normed.dtype))
 
-    def __init__(self, maps: RouterMaps) -> None:
-        self._maps = maps
-        num_layers, num_experts, size = maps.ahead.shape
-        self._sources = sorted(
-            {layer - back for layer in maps.sparse for back in (0, 1) if layer - back >= 0}
+
+class RouterFit:
+    """Ridge regression to the routers' logits, each row's less their mean, which decides nothing.
+
+    Args:
+        layers: whose maps are fitted; None: all. Each takes ``D ** 2`` floats of memory.
+
+    Attributes:
+        sources: the layers whose states are needed.
+    """
+
+    def __init__(self, maps: RouterMaps, layers: Sequence[int] | None = None) -> None:
+        self._maps, self._layers = maps, maps.sparse if layers is None else list(layers)
+        _, num_experts, size = maps.ahead.shape
+        self.sources = sorted(
+            {layer - back for layer in self._layers for back in (0, 1) if layer - back >= 0}
         )
         self._count = torch.zeros(2)  # rows, and rows that have a next one
-        self._gram = torch.zeros(len(self._sources), size, size)
-        self._cross = torch.zeros(2, num_layers, num_experts, size)
-        self._squares = torch.zeros(2, num_layers)
+        self._gram = torch.zeros(len(self.sources), size, size)
+        self._cross = torch.zeros(2, len(self._layers), num_experts, size)
+        self._squares = torch.zeros(2, len(self._layers))
 
     @torch.no_grad()
-    def add(self, states: list[Tensor], logits: list[Tensor | None], lengths: Tensor) -> None:
+    def add(self, states: Mapping[int, Tensor], logits: Mapping[int, Tensor], lengths: Tensor) -> None:
         """Count some sequences.
 
         Args:
-            states: of each layer between its attention and its feed-forward part, ``[B, T, D]``.
-            logits: of each layer's router, ``[B, T, E]``; None in dense layers.
+            states: of the source layers between their attention and their feed-forward part, ``[B, T, D]``.
+            logits: of the fitted layers' routers, ``[B, T, E]``.
             lengths: of the sequences, int ``[B]``.
         """
-        maps, place = self._maps, torch.arange(states[0].shape[1])
+        maps, place = self._maps, torch.arange(states[self.sources[0]].shape[1])
         inside, followed = place < lengths[:, None], place < lengths[:, None] - 1
         self._count += torch.stack((inside.sum(), followed.sum()))
-        rows = {layer: maps.inputs(states[layer]) for layer in self._sources}
+        rows = {layer: maps.inputs(states[layer]) for layer in self.sources}
         for gram, x in zip(self._gram, rows.values(), strict=True):
             gram += x[inside].T @ x[inside]
-        for number, layer in enumerate(maps.sparse):
-            own = logits[layer]
-            assert own is not None
-            own = own.float() - own.float().mean(dim=-1, keepdim=True)
+        for number, layer in enumerate(self._layers):
+            own = logits[layer].float()
+            own = own - own.mean(dim=-1, keepdim=True)
             pairs = [(rows[layer][followed], own.roll(-1, dims=1)[followed])]
             pairs.insert(0, (rows[layer - 1][inside], own[inside]) if layer else pairs[0])
             for kind, (x, y) in enumerate(pairs):
@@ -99,23 +118,24 @@ class RouterFit:
     def solve(self) -> None:
         """Put the solution into the maps."""
         maps, rows = self._maps, float(self._count[0])
-        grams = dict(zip(self._sources, self._gram.double(), strict=True))
         for kind, (solution, error) in enumerate(
             ((maps.ahead, maps.ahead_error), (maps.again, maps.again_error))
         ):
             share = (
                 float(self._count[kind]) / rows
             )  # of the rows that the products with logits were counted over
-            for number, layer in enumerate(maps.sparse):
-                gram = grams[layer - 1 if kind == 0 and layer else layer]
+            for number, layer in enumerate(self._layers):
+                source = layer - 1 if kind == 0 and layer else layer
+                gram = self._gram[self.sources.index(source)].double()
                 damped = gram + _RIDGE * rows * torch.eye(len(gram), dtype=gram.dtype)
                 cross = self._cross[kind, number].double() / share
                 found = torch.linalg.solve(damped, cross.T).T
                 left = float(self._squares[kind, number]) / share - float(
                     (2 * found * cross - found * (found @ gram)).sum()
                 )
-                solution[number] = found.float()
-                error[number] = (max(left, 1e-9 * rows) / (rows * cross.shape[0])) ** 0.5
+                place = maps.sparse.index(layer)
+                solution[place] = found.float()
+                error[place] = (max(left, 1e-9 * rows) / (rows * cross.shape[0])) ** 0.5
 
     def state(self) -> dict[str, Tensor]:
         """Everything counted so far."""

@@ -60,7 +60,9 @@ class TuneRequest:
         training: None: what suits the device.
         start: an accelerator of this model that is trained on, whose shape then counts; None: a new one.
         steps: of the optimiser.
-        disk_budget: bytes for the final states; what they do not hold is computed again at each step.
+        disk_budget: bytes for the final states; what they do not hold is computed again at each step. Of router maps: for
+            all states.
+        memory: bytes that the process may take with a mixture-of-experts model; None: what is free.
         out: the adapter's ``.safetensors``; None: among those that the chat looks for.
     """
 
@@ -72,6 +74,7 @@ class TuneRequest:
     data: DataConfig = field(default_factory=DataConfig)
     steps: int = 1000
     disk_budget: int = 2 << 30
+    memory: int | None = None
     device: str = "auto"
     threads: int | None = None
     out: Path | None = None

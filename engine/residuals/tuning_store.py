@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,14 @@ class Store:
         content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         self._write(f"{name}.safetensors", save(content, {"step": str(step)}))
 
-    def load(self, name: str) -> tuple[dict[str, Tensor], int] | None:
-        """What :meth:`save` wrote; None if it is not there or damaged, so that it is made again."""
+    def load(self, name: str, only: Iterable[str] | None = None) -> tuple[dict[str, Tensor], int] | None:
+        """What :meth:`save` wrote, or some of it; None if it is not there or damaged, so that it is made again."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(self.path(name), "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, int(file.metadata()["step"])  # noqa: SIM118
+                names = file.keys() if only is None else only
+                return {key: file.get_tensor(key) for key in names}, int(file.metadata()["step"])
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
