@@ -54,7 +54,7 @@ def format_choice(host: EngineHost) -> dict[str, Any]:
 
 
 def fit_lines(source: str, weights: str, memory: str) -> Iterator[str]:
-    """Whether the chosen model fits and how fast it should run, as HTML; twice where the memory's speed has to be
+    """Whether the chosen model fits and how fast it should run, as HTML; twice where the machine's speed has to be
     measured before the second half can be told."""
     from engine.fit import estimate_fit, measure_when_idle
 
@@ -62,8 +62,8 @@ def fit_lines(source: str, weights: str, memory: str) -> Iterator[str]:
     try:
         fit = estimate_fit(choice.source, choice.memory_bytes(), choice.weight_format)
         yield _fit_line(str(fit), fit.fits is False)
-        if fit.waits_for_bandwidth:
-            measure_when_idle()
+        if fit.to_measure is not None:
+            measure_when_idle(fit.to_measure)
             yield _fit_line(str(estimate_fit(choice.source, choice.memory_bytes(), choice.weight_format)))
     except SlipstreamError as error:
         yield telemetry.notice(str(error), "error")

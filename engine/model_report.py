@@ -39,6 +39,8 @@ class ModelReport:
     memory_bytes: int | None = None  # that the process will take
     num_experts: int | None = None  # None: it has none
     num_slots: int | None = None  # of them, those in memory at the same time; the others are read from disk
+    expert_bytes: int | None = None  # one of them
+    routed_bytes: int | None = None  # of all that one token takes
 
 
 def examine_model(
@@ -136,9 +138,11 @@ def _with_plan(report: ModelReport, config: ModelConfig, memory: int | None, dev
         plan = plan_memory(config, fmt, memory, device=device)
     except OutOfMemoryError as error:
         return replace(report, plan=str(error), fits=False)
+    sparse = plan.num_experts // config.experts.num_experts
     return replace(
         report, plan=str(plan), fits=True, memory_bytes=plan.total, num_experts=plan.num_experts,
-        num_slots=plan.num_slots,
+        num_slots=plan.num_slots, expert_bytes=plan.expert,
+        routed_bytes=sparse * config.experts.num_experts_per_tok * plan.expert,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from app.engine_host import EngineHost, ModelChoice
 from app.main import main
 from app.model_panel import build_model_choice, fit_lines
 from app.preferences import PreferenceFile
-from engine import doctor, fit, hardware, memory_speed, paths
+from engine import disk_speed, doctor, fit, hardware, memory_speed, paths
 from engine.errors import InvalidRequestError
 from engine.experts.planner import default_budget, plan_memory
 from engine.models.families import config_from_hf
@@ -60,8 +60,8 @@ def test_the_memorys_speed_is_measured_once(slipstream_home: Path, monkeypatch: 
 
     monkeypatch.setattr(hardware, "copy_bandwidth", measure)
     assert memory_speed.known_bandwidth() is None
-    fit.measure_when_idle()
-    fit.measure_when_idle()
+    fit.measure_when_idle(slipstream_home)
+    fit.measure_when_idle(slipstream_home)
     assert len(measured) == 1 and memory_speed.known_bandwidth() == 20e9
     monkeypatch.setattr(hardware, "usable_threads", lambda: 4096)
     assert memory_speed.known_bandwidth() is None  # another machine, or another share of this one
@@ -83,7 +83,12 @@ def test_a_dense_model_has_an_estimate_that_says_so(dense: Path, known_speed: No
 
 def test_without_the_memorys_speed_none_is_told(dense: Path, slipstream_home: Path):
     told = fit.estimate_fit(str(dense), None)
-    assert told.fits and told.waits_for_bandwidth and told.fastest is None and "tokens/s" not in str(told)
+    assert (
+        told.fits
+        and told.to_measure == dense / "model.safetensors"
+        and told.fastest is None
+        and "tokens/s" not in str(told)
+    )
 
 
 def test_a_format_without_measurements_has_a_limit_alone(dense: Path, known_speed: None):
@@ -91,11 +96,47 @@ def test_a_format_without_measurements_has_a_limit_alone(dense: Path, known_spee
     assert told.slowest is None and told.fastest is not None and "At most" in told.speed
 
 
-def test_a_model_whose_experts_do_not_all_fit_is_told_so(sparse: Path, known_speed: None):
-    whole, part = fit.estimate_fit(str(sparse), HUGE), fit.estimate_fit(str(sparse), budget_for(sparse, 7))
-    assert "All 24 experts stay in memory" in whole.memory and "At most" in whole.speed
-    assert part.memory.startswith("7 of 24 experts stay in memory") and part.fits
-    assert part.slowest is None and "how much slower reading from disk makes it" in part.speed
+def test_a_model_whose_experts_all_fit_has_an_estimate(sparse: Path, known_speed: None):
+    told = fit.estimate_fit(str(sparse), HUGE)
+    assert "All 24 experts stay in memory" in told.memory and "Estimated" in told.speed
+    assert told.slowest is not None and told.fastest is not None and told.to_measure is None
+
+
+def test_a_model_whose_experts_do_not_all_fit_is_told_what_reading_costs(
+    sparse: Path, known_speed: None, monkeypatch: pytest.MonkeyPatch
+):
+    whole, budget = fit.estimate_fit(str(sparse), HUGE), budget_for(sparse, 6)
+    used = [0]
+    monkeypatch.setattr(fit, "machine_memory", lambda: hardware.MemoryUse(used[0], HUGE))
+    roomy = fit.estimate_fit(str(sparse), budget)
+    assert roomy.memory.startswith("6 of 24 experts stay in memory") and roomy.fits
+    assert roomy.slowest is not None and whole.slowest is not None and roomy.fastest == whole.fastest
+    assert roomy.slowest < whole.slowest and "otherwise free" in roomy.speed
+    used[0] = HUGE  # no room for the others
+    unknown = fit.estimate_fit(str(sparse), budget)
+    assert unknown.slowest is None and "speed of this disk is not known" in unknown.speed
+    assert unknown.to_measure == sparse / "model.safetensors"
+    rates = []
+    for speed in (1e6, 1e9):
+        monkeypatch.setattr(fit, "known_disk_speed", lambda file, speed=speed: speed)
+        told = fit.estimate_fit(str(sparse), budget)
+        assert "about 46 % of the experts" in told.speed and "from the disk" in told.speed
+        assert told.slowest is not None and told.fastest is not None and told.slowest <= told.fastest
+        rates.append(told.slowest)
+    assert rates[0] < rates[1] < whole.slowest
+
+
+def test_the_disks_speed_is_measured_once_and_kept(tmp_path: Path, slipstream_home: Path):
+    large, small = tmp_path / "large", tmp_path / "small"
+    large.write_bytes(bytes(32 << 20))
+    small.write_bytes(b"x")
+    assert disk_speed.known_disk_speed(large) is None and disk_speed.measure_disk_speed(small) is None
+    speed = disk_speed.measure_disk_speed(large, 0.01)
+    if speed is not None:  # this file system can be read past its cache
+        assert speed > 1e5 and disk_speed.known_disk_speed(large) == speed
+    (paths.cache_dir() / "disk-speed.json").write_text("[")
+    assert disk_speed.known_disk_speed(large) is None
+    assert disk_speed.measure_disk_speed(tmp_path / "none") is None
 
 
 def test_too_little_memory_has_no_speed(

@@ -41,7 +41,7 @@ def plan_for(model: Path, slots: int) -> MemoryPlan:
 
 
 @pytest.fixture
-def request_(model: Path, tmp_path: Path) -> TuneRequest:
+def request_(model: Path, slipstream_home: Path, tmp_path: Path) -> TuneRequest:
     prompts = tiny.save_prompts(tmp_path / "prompts.jsonl", 20)
     return TuneRequest(
         source=str(model), prompts=prompts, data=DataConfig(num_tokens=600, max_new_tokens=40),
