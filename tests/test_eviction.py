@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from engine import paths
 from engine.experts.cache import ExpertCache
-from engine.experts.eviction import EVICTION_POLICIES
+from engine.experts.eviction import EVICTION_POLICIES, EvictionPolicy
 from engine.experts.eviction.belady import Belady
 from engine.experts.eviction.foreseen import LeastForeseen
 from engine.experts.eviction.least_stale import LeastStale
@@ -18,7 +18,7 @@ from engine.experts.eviction.lfu import LeastFrequentlyUsed
 from engine.experts.eviction.lru import LeastRecentlyUsed
 from engine.experts.model import prepare_store
 from engine.experts.reader import Link
-from engine.experts.store import ExpertStore
+from engine.experts.store import ExpertStore, Shape
 from tests import tiny
 
 SHAPE = 3, 4
@@ -37,10 +37,26 @@ def test_lfu_forgets() -> None:
     policy = LeastFrequentlyUsed(SHAPE)
     for _ in range(30):
         policy.used(0, (0, 1))
-    assert policy.worth[0, 0] == pytest.approx(0.9576, abs=1e-3)  # the share of turns, faded
+    assert policy.shares[0, 0] == pytest.approx(0.9576, abs=1e-3)
     for _ in range(8):
         policy.used(0, (2,))
     assert policy.worth[0, 2] > policy.worth[0, 0] > policy.worth[0, 3]
+
+
+@pytest.mark.parametrize("make", [LeastFrequentlyUsed, LeastForeseen])
+def test_of_those_used_as_often_the_layer_that_just_was_leaves(
+    make: Callable[[Shape], EvictionPolicy],
+) -> None:
+    """Layers take their turns in a circle: with the others gone, each expert would be missed when its turn comes."""
+    policy = make(SHAPE)
+    for turn in range(300):
+        policy.used(turn % 3, (0, 1))
+        policy.used(turn % 3, (0, 1))
+    for layer in range(3):
+        policy.used(layer, (0, 1))
+        behind, ahead = (layer + 1) % 3, (layer + 2) % 3
+        assert policy.worth[layer, 0] < policy.worth[ahead, 0] < policy.worth[behind, 0]
+        assert policy.worth[layer, 0] > policy.worth[behind, 2]  # what is hardly used leaves first
 
 
 def test_least_stale() -> None:

@@ -21,7 +21,7 @@ from engine.kernels.native import load_loads
 from tests import tiny
 
 READERS: dict[str, Callable[[ExpertStore, Link | None], Reader]] = {
-    "native": lambda store, link: NativeReader(store, load_loads(), 2, link),
+    "native": lambda store, link: NativeReader(store, load_loads(), 3, link),
     "threaded": lambda store, link: ThreadedReader(store, 2, link),
 }
 SLOW = Link(4e6)  # some 5 ms a load
@@ -90,6 +90,20 @@ def test_every_load_ends_once_with_the_right_bytes(kind: str, store: ExpertStore
             assert bytes(running.slots[number].buffer(store.keys[number])[0]) == running.wanted(number)
         time.sleep(0.01)
         assert not running.reader.ended()
+
+
+@pytest.mark.parametrize("urgency", [DEMANDED, EXPECTED])
+def test_a_load_wakes_somebody_who_may_do_it(kind: str, store: ExpertStore, urgency: int) -> None:
+    """Of the native threads one does nothing that is only expected."""
+    with Running(kind, store) as running:
+        for count in range(1, 201):
+            if count % 3 == 0:
+                time.sleep(0.0005)  # all of them have gone to sleep
+            running.submit(count % len(running.slots), urgency)
+            deadline = time.monotonic() + 10
+            while len(running.ended) < count:
+                assert time.monotonic() < deadline, f"load {count} was never begun"
+                running.ended += running.reader.ended()
 
 
 def test_more_loads_than_the_rings_have_room_for(kind: str, store: ExpertStore) -> None:

@@ -24,7 +24,7 @@ from engine.experts.store import ExpertStore, Key, Shape
 from engine.metrics import ExpertStats
 from engine.models.feed_forward import FeedForward, Group
 
-_WORTH_A_COPY = 2.0  # times as much as what it replaces
+_WORTH_A_COPY = 0.1  # more of its layer's turns than what it replaces (of policies that count these)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ExpertCache:
         num_slots: int,
         eviction: Callable[[Shape], EvictionPolicy],
         link: Link | None = None,
-        num_threads: int = 2,
+        num_threads: int = 3,
         slots: SlotMaker | None = None,
         in_place: InPlace | None = None,
     ) -> None:
@@ -284,7 +284,7 @@ class ExpertCache:
         if not self._free:
             leaving = self._first_to_leave()
             worth = self.eviction.worth
-            if leaving is None or worth[key] <= _WORTH_A_COPY * worth[leaving]:
+            if leaving is None or worth[key] <= worth[leaving] + _WORTH_A_COPY:
                 return
             self._free.append(self._leave(leaving))
         self._load(key, self._free.pop(), EXPECTED)

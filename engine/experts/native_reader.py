@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 
 from engine.errors import ExpertStoreError
-from engine.experts.reader import DEMANDED, Ended, Link, Load, Reader, ThreadedReader
+from engine.experts.reader import DEMANDED, EXPECTED, Ended, Link, Load, Reader, ThreadedReader
 from engine.experts.slots import HostSlot, HostSlots, SlotMaker
 from engine.experts.store import ExpertStore, unreadable
 from engine.kernels import load_fields as fields
@@ -59,7 +59,13 @@ class NativeReader:
             threading.Thread(
                 # The threads keep alive what they work with.
                 target=_serve,
-                args=(program, control, entries, link),
+                args=(
+                    program,
+                    control,
+                    entries,
+                    link,
+                    DEMANDED if number == 0 < num_threads - 1 else EXPECTED,
+                ),
                 name=f"experts-{number}",
                 daemon=True,
             )
@@ -138,7 +144,7 @@ class NativeReader:
         return None
 
 
-def _serve(program: Loads, control: np.ndarray, entries: np.ndarray, link: Link | None) -> None:
+def _serve(program: Loads, control: np.ndarray, entries: np.ndarray, link: Link | None, lowest: int) -> None:
     if link is not None:
         link.open()
-    program.serve(control.ctypes.data)
+    program.serve(control.ctypes.data, lowest)

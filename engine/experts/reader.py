@@ -1,7 +1,7 @@
 """I/O threads that load experts: what is waited for before what is only expected.
 
-A load goes in pieces. Between two pieces a thread looks whether something more urgent has come, so a load ahead
-of time delays a demanded one by one piece at most.
+A load ahead of time goes in pieces. Between two pieces a thread looks whether something more urgent has come, so it delays
+a demanded one by one piece at most.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ class ThreadedReader:
         target, filled = load.slot.buffer(load.key)
         size = len(target)
         while not filled and load.done < size:
-            end = min(load.done + _PIECE, size)
+            end = size if load.urgency == DEMANDED else min(load.done + _PIECE, size)
             self._store.read(load.key, target, load.done, end)
             if self._link is not None:
                 self._link.carry(end - load.done, load.done == 0, load.asked)

@@ -5,7 +5,9 @@ A control block holds two rings of requests, what is waited for and what is only
 number of threads :func:`serve` it; one asks. A thread without work sleeps in a read from a pipe, and so does whoever
 waits for a load; a byte wakes them up.
 
-A load goes in pieces. Between two pieces of an expected one a thread first does everything that is waited for.
+A load is one read: the system reads from a disk the faster the more it is asked for at once. So that what is only expected
+never holds up what is waited for, there is a thread that does the latter alone; or, where an imitated link allows only one
+thread, what is expected goes in pieces, and between two of them the thread first does everything that is waited for.
 """
 
 from __future__ import annotations
@@ -165,6 +167,13 @@ def _stay_awake(control: int, sleepers: int, pipe: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
+def _has(control: int, urgency: int) -> bool:
+    """Whether requests wait in a ring."""
+    ring = control + 8 * (RING + urgency * RING_FIELDS)
+    return atomic_get(ring + 8 * HEAD) != atomic_get(ring + 8 * TAIL)  # type: ignore[no-any-return]
+
+
+@njit(nogil=True, error_model="numpy")
 def _take(control: int, lowest: int) -> int:
     """Begin the most urgent request that is at least as urgent as ``lowest``: its address, 0 if there is none."""
     for urgency in range(lowest + 1):
@@ -183,15 +192,16 @@ def _take(control: int, lowest: int) -> int:
 
 @njit(nogil=True, error_model="numpy")
 def _carry_piece(control: int, entry: int, done: int, urgent: int) -> int:
-    """Read one piece, and let the imitated link, if there is one, take its time; bytes, or 0 if that failed."""
-    count = min(PIECE, get_i64(control + 8 * NUM_BYTES) - done)
+    """Read all that is left, or one piece if others may want the link; bytes, or 0 if that failed."""
+    count, bandwidth = get_i64(control + 8 * NUM_BYTES) - done, get_i64(control + 8 * BANDWIDTH)
+    if bandwidth > 0 and urgent == 0:
+        count = min(PIECE, count)
     target, offset = get_i64(entry + 8 * TARGET) + done, get_i64(entry + 8 * OFFSET) + done
     read = 0
     for _ in range(_ATTEMPTS):
         read = read_at(get_i64(control + 8 * DESCRIPTOR), target, count, offset)
         if read > 0:
             break
-    bandwidth = get_i64(control + 8 * BANDWIDTH)
     if read > 0 and bandwidth > 0:  # then one thread serves alone
         # A load begins when the link is free, whenever this thread came to see it: links need no threads.
         asked, free = get_i64(entry + 8 * ASKED), get_i64(control + 8 * FREE_AT)
@@ -252,21 +262,23 @@ def _serve_expected(control: int) -> int:
 def native_code() -> dict[str, tuple[str, bytes]]:
     """The entry points, compiled for this CPU: of each its symbol and its object file.
 
-    ``serve(control)``: does what is asked for until the control block is closed. ``submit(control, entry, urgency)``:
+    ``serve(control, lowest)``: does what is asked for, if it is at least as urgent as ``lowest``, until the control block is
+    closed. ``submit(control, entry, urgency)``:
     asks for an entry that is ``NEW``, or once more for one that is not. ``cancel(control, entry)``: takes it back if it has not begun; its state tells.
     ``wait(control, seen)``: returns when more than ``seen`` loads have ended.
     """
 
-    def serve(control: int) -> None:
+    def serve(control: int, lowest: int) -> None:
         while atomic_get(control + 8 * CLOSED) == 0:
             _serve_demanded(control)
-            if _serve_expected(control) == 1:
+            if lowest == EXPECTED and _serve_expected(control) == 1:
                 continue
+            if lowest != EXPECTED and _has(control, EXPECTED):  # who woke this thread may have meant another
+                _wake_one(control, SLEEPERS, WAKE_AT)
             atomic_add(control + 8 * SLEEPERS, 1)
             idle = atomic_get(control + 8 * CLOSED) == 0
-            for urgency in range(EXPECTED + 1):
-                ring = control + 8 * (RING + urgency * RING_FIELDS)
-                idle = idle and atomic_get(ring + 8 * HEAD) == atomic_get(ring + 8 * TAIL)
+            for urgency in range(lowest + 1):
+                idle = idle and not _has(control, urgency)
             if idle:
                 sleep_at(get_i64(control + 8 * SLEEP_AT))
             else:
@@ -298,7 +310,7 @@ def native_code() -> dict[str, tuple[str, bytes]]:
 
     compiler = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
     found = {}
-    for function, arguments in ((serve, 1), (submit, 3), (cancel, 2), (wait, 2)):
+    for function, arguments in ((serve, 2), (submit, 3), (cancel, 2), (wait, 2)):
         result = compiler(function)
         result.compile((int64,) * arguments)
         compiled = result.overloads[(int64,) * arguments]

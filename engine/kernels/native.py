@@ -56,7 +56,7 @@ class Loads:
     """The entry points of :func:`engine.kernels.loads.native_code`. ``serve`` and ``wait`` run without the interpreter
     lock."""
 
-    serve: Callable[[int], None]  # control block
+    serve: Callable[[int, int], None]  # control block, the least urgency
     submit: Callable[[int, int, int], None]  # control block, entry, urgency
     cancel: Callable[[int, int], None]  # control block, entry
     wait: Callable[[int, int], None]  # control block, how many loads were seen to have ended
@@ -92,7 +92,7 @@ def load_loads() -> Loads:
         raise OSError("there is no pread")
     objects = _objects(("loads",))
     return Loads(
-        _link(*objects["serve"], ctypes.CFUNCTYPE, 1),
+        _link(*objects["serve"], ctypes.CFUNCTYPE, 2),
         _link(*objects["submit"], ctypes.PYFUNCTYPE, 3),
         _link(*objects["cancel"], ctypes.PYFUNCTYPE, 2),
         _link(*objects["wait"], ctypes.CFUNCTYPE, 2),

@@ -2,7 +2,7 @@
 
 A layer's state says something of what its router will choose for the next token
 (:class:`engine.residuals.router_maps.RouterMaps`). Half of an expert's worth is that chance, half its share of the latest
-turns as LFU counts them, which sees further than one token (our choice).
+turns as LFU counts them, which sees further than one token (our choice); less what waiting costs, as there.
 """
 
 from __future__ import annotations
@@ -35,4 +35,5 @@ class LeastForeseen:
         self._join(layer)
 
     def _join(self, layer: int) -> None:
-        self.worth[layer] = (self._chances[layer] + self._frequencies.worth[layer]) / 2
+        frequencies = self._frequencies
+        self.worth[layer] = (self._chances[layer] + frequencies.shares[layer]) / 2 - frequencies.wait
