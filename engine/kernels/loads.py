@@ -170,7 +170,7 @@ def _stay_awake(control: int, sleepers: int, pipe: int) -> None:
 def _has(control: int, urgency: int) -> bool:
     """Whether requests wait in a ring."""
     ring = control + 8 * (RING + urgency * RING_FIELDS)
-    return atomic_get(ring + 8 * HEAD) != atomic_get(ring + 8 * TAIL)  # type: ignore[no-any-return]
+    return atomic_get(ring + 8 * HEAD) != atomic_get(ring + 8 * TAIL)
 
 
 @njit(nogil=True, error_model="numpy")
