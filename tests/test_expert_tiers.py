@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -230,6 +233,26 @@ def test_output_does_not_depend_on_what_is_computed_in_place(
             assert (stats.expert_misses == 0) == (make is InPlace)
             assert stats.prefetch_used <= stats.prefetch_issued
             assert len(tiers.cache.residents()) <= num_slots
+
+
+@LINUX
+def test_a_store_that_there_is_room_for_is_read_into_the_file_cache(model: Model) -> None:
+    store = prepare_store(model.folder, model.format)
+    size = store.file.stat().st_size
+    os.fsync(store.descriptor)
+    os.posix_fadvise(store.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    lying = InPlace(store)
+    try:
+        lying.warm(size - 1)
+        assert not [thread for thread in threading.enumerate() if thread.name == "experts-warming"]
+        lying.warm(size)
+        deadline = time.monotonic() + 20
+        while not all(lying.holds(key) for key in store.keys):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        lying.close()
+        store.close()
 
 
 @LINUX

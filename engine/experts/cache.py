@@ -199,6 +199,8 @@ class ExpertCache:
 
     def stop(self) -> None:
         """Stop loading; the store stays open."""
+        if self._in_place is not None:
+            self._in_place.close()
         self._reader.close()
 
     def close(self) -> None:

@@ -5,6 +5,10 @@ copy it into a slot first would take longer than to compute with it. The cache i
 whatever memory nobody needs and gives it up before anything else; so slots and file cache hold different experts after a
 while, those that the system has given up being the ones that are loaded.
 
+Where there is room for all of a store, the system is made to read it at the beginning, from end to end: expert by expert, here
+and there, it would fill its cache with single pages, which take twenty times as long to map as the large ones of a file that is read
+in order. (Linux 6.18, an expert of 4 MB: 0.4 and 0.02 ms.)
+
 Linux alone tells cheaply what is in its file cache.
 """
 
@@ -15,6 +19,7 @@ import logging
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Iterable
 from time import monotonic
 
@@ -29,6 +34,7 @@ from engine.models.feed_forward import FeedForward
 
 _TRUST = 5.0  # seconds for which what is in the file cache is taken to stay there
 WINDOW = 32 << 20  # bytes of it that stay this process's memory when they have been used
+_AHEAD = 1 << 17  # bytes of a read from end to end: of more at once the system would not see the order
 _log = logging.getLogger(__name__)
 _DROP: int = getattr(mmap, "MADV_DONTNEED", 0)
 
@@ -55,6 +61,31 @@ class InPlace:
         self._experts: dict[Key, FeedForward] = {}
         self._seen: dict[Key, float] = {}  # when an expert was last found in the file cache
         self._window: dict[Key, None] = {}  # what has been computed with, the earliest first
+        self._warming: threading.Thread | None = None
+        self._closed = threading.Event()
+
+    def warm(self, room: int) -> None:
+        """Have the system read all of the store into its file cache, on a thread, if that takes no more than ``room``
+        bytes."""
+        if os.fstat(self._store.descriptor).st_size <= room:
+            self._warming = threading.Thread(target=self._read_all, name="experts-warming", daemon=True)
+            self._warming.start()
+
+    def close(self) -> None:
+        """Stop warming; closing twice is harmless."""
+        self._closed.set()
+        if self._warming is not None:
+            self._warming.join()
+
+    def _read_all(self) -> None:
+        target, place = bytearray(_AHEAD), 0
+        try:
+            # With a descriptor of its own: the system keeps for each how far it is being read.
+            with open(self._store.file, "rb", buffering=0) as file:
+                while not self._closed.is_set() and (count := file.readinto(target)):
+                    place += count
+        except OSError as error:  # whoever needs the expert is told
+            _log.info("the experts' file was read ahead up to byte %d: %s", place, error)
 
     def holds(self, key: Key) -> bool:
         """Whether the system has all of an expert in its file cache, or had it a moment ago."""

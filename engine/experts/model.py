@@ -21,7 +21,7 @@ from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.foreseen import LeastForeseen
 from engine.experts.in_place import find_in_place
 from engine.experts.memory_guard import MemoryGuard
-from engine.experts.planner import MemoryPlan
+from engine.experts.planner import MemoryPlan, spare_memory
 from engine.experts.prediction.base import Predictor
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.prediction.ridge_gate import RidgeGate
@@ -141,6 +141,8 @@ def load_with_tiers(
     store = prepare_store(path, weight_format, on_progress, cancel, device=target)
     slots = slot_maker(store, target, plan.host)
     lying = find_in_place(store, slots)
+    if lying is not None:
+        lying.warm(spare_memory(plan))
     cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lfu"], slots=slots, in_place=lying)
     decoder = load_decoder(path, weight_format, target, on_share, lambda layer: LayerExperts(cache, layer))
     tiers = ExpertTiers(cache, Prefetcher(cache, _predictor(decoder, cache)), plan)

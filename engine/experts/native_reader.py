@@ -55,21 +55,19 @@ class NativeReader:
         self._loads: dict[int, Load] = {}  # by entry
         self._seen = 0
         self._ended: list[Ended] = []  # and not told yet
+        # One thread, if there are several, is kept for what is waited for.
+        least_urgent = [
+            DEMANDED if 0 == number < num_threads - 1 else EXPECTED for number in range(num_threads)
+        ]
         self._threads = [
             threading.Thread(
                 # The threads keep alive what they work with.
                 target=_serve,
-                args=(
-                    program,
-                    control,
-                    entries,
-                    link,
-                    DEMANDED if number == 0 < num_threads - 1 else EXPECTED,
-                ),
+                args=(program, control, entries, link, lowest),
                 name=f"experts-{number}",
                 daemon=True,
             )
-            for number in range(num_threads)
+            for number, lowest in enumerate(least_urgent)
         ]
         for thread in self._threads:
             thread.start()

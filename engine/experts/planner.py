@@ -123,6 +123,12 @@ def default_budget(device: str = "cpu") -> int:
     return int((memory.total - memory.used + own) * (1 - _LEFT_ALONE))
 
 
+def spare_memory(plan: MemoryPlan) -> int:
+    """Bytes of RAM that nobody needs beside a process with this plan."""
+    memory = machine_memory()
+    return int((memory.total - memory.used + private_memory() - plan.total) * (1 - _LEFT_ALONE))
+
+
 def fixed_bytes(config: ModelConfig, fmt: WeightFormat) -> int:
     """What a process takes with a model but for routed experts: all that a dense model takes."""
     return _PROCESS + _dense_bytes(config, fmt) + _context_bytes(config, fmt)

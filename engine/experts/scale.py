@@ -26,7 +26,7 @@ from engine.experts.cache import ExpertCache, LayerExperts
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.in_place import find_in_place
 from engine.experts.model import ExpertTiers
-from engine.experts.planner import MemoryPlan, plan_memory
+from engine.experts.planner import MemoryPlan, plan_memory, spare_memory
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.prefetcher import Prefetcher
 from engine.experts.random_model import RandomModel, sample
@@ -94,6 +94,8 @@ class _Lane:
         num_slots = {"on-demand": plan.least_slots, "resident": plan.num_experts}.get(name, plan.num_slots)
         policy = "lru" if name == "lru" else "lfu"
         lying = find_in_place(store, slots) if name == "app" else None
+        if lying is not None:
+            lying.warm(spare_memory(plan))
         cache = ExpertCache(store, num_slots, EVICTION_POLICIES[policy], slots=slots, in_place=lying)
         decoder = dense.with_experts(lambda layer: LayerExperts(cache, layer))
         prefetcher = Prefetcher(cache, NextGate(decoder)) if name in ("app", "next-gate") else None
