@@ -78,7 +78,7 @@ def lanes(share: float) -> tuple[Lane, ...]:
         Lane("ridge-gate, foreseen", share, "foreseen", "ridge-gate"),
         Lane("draft union, lfu", share, "lfu", "accelerated", drafts=True),
         Lane("oracle bound", share, "belady", "oracle"),
-        Lane("in place", 0.0, in_place=True),
+        Lane("in place", 0.0, "lfu", in_place=True),
         RESIDENT,
     )
 
