@@ -71,11 +71,15 @@ class InPlace:
             self._warming = threading.Thread(target=self._read_all, name="experts-warming", daemon=True)
             self._warming.start()
 
+    def wait_for_warmth(self) -> None:
+        """Until all of it has been read, if it is being read."""
+        if self._warming is not None:
+            self._warming.join()
+
     def close(self) -> None:
         """Stop warming; closing twice is harmless."""
         self._closed.set()
-        if self._warming is not None:
-            self._warming.join()
+        self.wait_for_warmth()
 
     def _read_all(self) -> None:
         target, place = bytearray(_AHEAD), 0

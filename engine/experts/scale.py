@@ -96,6 +96,7 @@ class _Lane:
         lying = find_in_place(store, slots) if name == "app" else None
         if lying is not None:
             lying.warm(spare_memory(plan))
+            lying.wait_for_warmth()  # a person takes longer to type something
         cache = ExpertCache(store, num_slots, EVICTION_POLICIES[policy], slots=slots, in_place=lying)
         decoder = dense.with_experts(lambda layer: LayerExperts(cache, layer))
         prefetcher = Prefetcher(cache, NextGate(decoder)) if name in ("app", "next-gate") else None
