@@ -15,7 +15,7 @@ from engine.model_report import ModelReport, examine_model, fused_problem, size_
 # Shares of the memory's bandwidth at which our kernels decoded dense models of 0.1 to 1.5 billion weights on two
 # cores: the least and the greatest of the column "bandwidth" in assets/results/bench-*.json, by weight format, but none
 # above 1: there the bandwidth was measured in a bad moment.
-MEASURED_SHARES = {"int4": (0.61, 1.0), "int8": (0.64, 1.0), "bf16": (0.65, 1.0)}
+MEASURED_SHARES = {"int4": (0.68, 1.0), "int8": (0.67, 1.0), "bf16": (0.66, 1.0)}
 # Likewise of mixtures of experts with all of them in memory, as int4: the testbed's small ones, and the shape of OLMoE.
 EXPERT_SHARES = (0.45, 0.75)
 # Of the bytes of experts that a token takes, those that were not in memory, by the share of all experts that is: with

@@ -8,6 +8,7 @@ from statistics import median
 
 import pytest
 
+from engine.decoding.calibration import Drift
 from engine.decoding.controller import DepthController, RoundRecord
 from engine.decoding.controller_file import load_controller, save_controller
 
@@ -163,3 +164,21 @@ def test_plain_steps_of_a_busy_moment_do_not_make_drafts_look_good() -> None:
     assert controller.rate == pytest.approx(1 / 2.2e-3)
     # what people are shown stays what was measured
     assert controller.state().plain_seconds == pytest.approx(6.7e-3)
+
+
+def test_a_text_that_is_harder_than_the_others_is_drafted_less() -> None:
+    """Confidences lie in this text; what all answers have taught stays as it is for the next one."""
+    controller = DepthController()
+    simulate(controller, 300, chance=0.7, draft=0.1, row=0.1)
+    drift, confidences = Drift(), [0.7]
+    assert controller.plan(7, drift)
+    before = controller.chance(confidences)
+    for _ in range(12):
+        controller.observe(RoundRecord(1, 1, 1, PLAIN * 0.1, PLAIN * 1.1, ((0.7, False),)))
+    assert drift.factor < 0.5 and controller.chance(confidences) < 0.5 * before
+    assert controller.plan(7, Drift())
+    assert controller.chance(confidences) > 0.8 * before
+    for _ in range(12):
+        controller.observe(RoundRecord(1, 1, 2, PLAIN * 0.1, PLAIN * 1.1, ((0.7, True),)))
+    assert controller.chance(confidences) > before
+    assert controller.chance([0.99] * 3) < 1

@@ -8,6 +8,7 @@ from typing import Any
 _BINS = 8
 _PRIOR = 3.0  # observations' worth of trust in the probability itself
 _FADE = 0.998  # per observation: old luck counts less
+_LATE, _LATE_PRIOR = 0.08, 3.0  # of what is late, likewise; observations' worth of trust in the calibration
 
 
 class Calibration:
@@ -50,6 +51,23 @@ class Calibration:
 
     def _bin(self, probability: float) -> int:
         return min(_BINS - 1, max(0, int(probability / self._width)))
+
+
+class Drift:
+    """How much more often than a :class:`Calibration` says drafts are right in one text, of late."""
+
+    def __init__(self) -> None:
+        self._right = self._expected = _LATE_PRIOR
+
+    @property
+    def factor(self) -> float:
+        """Of chances."""
+        return self._right / self._expected
+
+    def learn(self, chance: float, was_right: bool) -> None:
+        """Count one draft that had that chance."""
+        self._right += _LATE * (_LATE_PRIOR - self._right) + was_right
+        self._expected += _LATE * (_LATE_PRIOR - self._expected) + chance
 
 
 def number(value: Any) -> float:

@@ -1,7 +1,8 @@
 """How far to draft: a small economist that weighs measured costs against measured luck. All our choice.
 
 What it knows, all of it measured while decoding: the time of a plain step, of a draft step, of verifying so
-many rows; and how often drafts of a given confidence were right. From these:
+many rows; how often drafts of a given confidence were right; and how much more often, or less, they lately are in the text at
+hand. From these:
 
 * a draft is kept if the chance that it and all before it are right is worth more, at the going rate of
   tokens per second, than the row that it adds to the verification;
@@ -23,9 +24,10 @@ from statistics import median
 from typing import Any
 
 from engine.decoding.acceptance import Alternative
-from engine.decoding.calibration import Calibration, number
+from engine.decoding.calibration import Calibration, Drift, number
 
 MAX_DRAFTS = 7
+_SURE = 0.98  # no draft is likelier
 _HIGHEST_OTHER = 0.5  # probability that another token than the likeliest can have
 _ALTERNATIVE = 1.3  # times its row is what an alternative has to be worth: it takes more than that row
 _OFFERED = 0.8  # of a row's worth, from there on it may become one: its probability may be too modest
@@ -109,6 +111,7 @@ class DepthController:
         self._plain_seconds: float | None = None  # of a plain step, likewise
         self._luck, self._others = Calibration(), Calibration(_HIGHEST_OTHER)
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
+        self._drift = Drift()
         self._rounds = 0
         self._forced: int | None = None
         self._limit = 0
@@ -128,8 +131,13 @@ class DepthController:
         """Tokens per second as things stand, the better of plain and drafting; None: not measured yet."""
         return self._rate() if self._time("plain") else None
 
-    def plan(self, limit: int) -> bool:
-        """Should this round draft at all, where at most ``limit`` drafts are allowed?"""
+    def plan(self, limit: int, drift: Drift | None = None) -> bool:
+        """Should this round draft at all, where at most ``limit`` drafts are allowed?
+
+        Args:
+            drift: of the text that it belongs to, until the next call.
+        """
+        self._drift = drift or Drift()
         self._limit = min(limit, self.max_drafts)
         self._forced = self._fixed if self._fixed is not None else self._scheduled()
         if self._limit < 1 or self._forced == 0:
@@ -154,7 +162,8 @@ class DepthController:
         cost = (
             self._draft_step() + self._verify(count + 1, dropped=False) - self._verify(count, dropped=False)
         )
-        return self.chance(confidences) * self._next_right / self._next_seen > self._rate() * cost
+        following = min(1.0, self._drift.factor * self._next_right / self._next_seen)
+        return self.chance(confidences) * following > self._rate() * cost
 
     def least_offer(self, confidences: list[float]) -> float:
         """The least probability that makes another token than the next draft worth knowing, behind these drafts."""
@@ -184,7 +193,7 @@ class DepthController:
             found += [
                 (before * self._others.chance(chance), Alternative(token, place)) for token, chance in others
             ]
-            before *= self._luck.chance(confidence)
+            before *= self.chance([confidence])
         found = sorted(found, key=lambda each: -each[0])[:room]
         if self._forced is not None:
             return tuple(each for _, each in found[: self._fixed_alternatives])
@@ -209,6 +218,7 @@ class DepthController:
         self._note("draft", record.draft_seconds / record.num_steps)
         self._note(f"{'dropped' if dropped else 'verify'} {record.num_drafts}", record.verify_seconds)
         for confidence, was_right in record.outcomes:
+            self._drift.learn(self._luck.chance(confidence), was_right)
             self._luck.learn(confidence, was_right)
             self._next_right = self._next_right * _FADE + was_right
             self._next_seen = self._next_seen * _FADE + 1
@@ -284,7 +294,8 @@ class DepthController:
 
     def chance(self, confidences: list[float]) -> float:
         """That all of these drafts are right."""
-        return math.prod(self._luck.chance(confidence) for confidence in confidences)
+        factor = self._drift.factor
+        return math.prod(min(_SURE, factor * self._luck.chance(confidence)) for confidence in confidences)
 
     def _judge(self, tokens: int, seconds: float) -> None:
         self._tokens += tokens

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from engine.decoding.acceptance import accept, round_step, verify_chain
 from engine.decoding.base import Step, TokenSequence
+from engine.decoding.calibration import Drift
 from engine.decoding.context import ContextDrafter, ContextIndex, Match
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
 from engine.residuals.drafter import Drafter
@@ -73,6 +74,7 @@ class M2R2Decoding:
 
     def start(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
+        self._drift = Drift()
         self._final: Tensor | None = None  # last verified position's state; the prefill keeps none
         self._index = ContextIndex(sequence.ids)
 
@@ -145,7 +147,7 @@ class M2R2Decoding:
         """As far as the controller will have it."""
         found = _Drafted()
         controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
-        if self._final is None or not controller.plan(limit):
+        if self._final is None or not controller.plan(limit, self._drift):
             return found
         state, branches, rank = self._final, self._stepper.takes_alternatives, self._sequence.sampler.rank
         while True:
