@@ -170,3 +170,13 @@ def test_native_code_says_of_one_row_what_torch_says(maps: RouterMaps, config: M
                 )
                 assert gate.predict(layer, hidden) == reference.predict(layer, hidden)
         assert np.allclose(native.worth, torchs.worth, atol=1e-5) and native.worth.any()
+
+
+def test_without_native_code_torch_reads(
+    maps: RouterMaps, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise OSError("no LLVM")
+
+    monkeypatch.setattr("engine.experts.prediction.ridge_gate.load_foretell", broken)
+    assert RidgeGate(maps, 2).predict(0, torch.ones(1, config.hidden_size))

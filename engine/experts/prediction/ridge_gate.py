@@ -6,6 +6,7 @@ As cheap as the next gate, which reads the same state with the later router itse
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -25,6 +26,7 @@ _LEAST_CHANCE = (
     0.6  # of an expert that is named (our choice: of 0.3 to 0.8 the best in a simulation of the link)
 )
 _LEAST_DISTANCE = math.log(_LEAST_CHANCE / (1 - _LEAST_CHANCE))
+_log = logging.getLogger(__name__)
 _TO_LOGISTIC = 1.7  # the logistic function of 1.7 x is about the normal distribution's
 
 
@@ -95,7 +97,12 @@ class _Reader:
         self._maps, self._matrix = maps, torch.stack(found).float()  # [maps, E, D + 1]
         self.scales = np.array([[_TO_LOGISTIC / float(error)] for error in errors], np.float32)
         fits = self._matrix.device.type == "cpu" and self._matrix.shape[2] % fields.SIZE_STEP == 1
-        self.row = _Row(self, self._matrix, maps.eps, num_chosen) if fits and find_spec("numba") else None
+        self.row: _Row | None = None
+        if fits and find_spec("numba"):
+            try:
+                self.row = _Row(self, self._matrix, maps.eps, num_chosen)
+            except Exception as error:  # an LLVM problem must not keep anyone from chatting
+                _log.info("the ridge gate is read by torch: %s", error)
 
     def logits(self, hidden: Tensor) -> np.ndarray:
         """Of rows ``[T, D]``: float32 ``[T, maps, E]``."""
