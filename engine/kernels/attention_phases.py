@@ -34,25 +34,32 @@ from engine.kernels.control import (
     K_NORM,
     KEYS,
     KV_HEADS,
+    MIXED,
+    MIXED_EXTRAS,
+    MIXED_ROUNDED,
+    OWN_FACTORS,
     OWN_KV,
-    OWN_MIXED,
     OWN_POSITIONS,
     OWN_QUERIES,
     OWN_ROWS,
     OWN_SCORES,
     OWN_SLOTS,
-    PARTS,
     PHASE,
     Q_NORM,
     QKV,
     QKV_BUFFER,
+    RANK_FIELDS,
+    RANKS,
     RECORDS,
     SIN,
+    THREADS,
     VALUES,
     WHOLE_NORM,
     WINDOW,
 )
 from engine.kernels.intrinsics import dot, get_f32, get_i64, put_f32, top
+from engine.kernels.matmul import prepare_part
+from engine.kernels.parts import join_parts, parts_left
 from engine.kernels.rows import (
     add_parts,
     add_scaled,
@@ -77,13 +84,15 @@ _narrow = mix_tile(1, 1)
 
 
 @njit(nogil=True, error_model="numpy")
-def attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, x: int, adapter: int) -> None:
-    """All heads of all rows, into this thread's own ``MIXED [rows, heads * size]``; ``x`` is what the projection was
-    made of, ``adapter`` the one of row 1's queries, or 0."""
-    _write_cache(kv, kv_size, control, own, layer)
+def attention_phase(
+    tag: Any, kv: Any, kv_size: int, control: int, own: int, layer: int, x: int, adapter: int
+) -> None:
+    """All heads of all rows, into ``MIXED [rows, heads * size]``, and prepared for a matmul with weights of the type of
+    ``tag``; ``x`` is what the projection was made of, ``adapter`` the one of row 1's queries, or 0."""
     if adapter != 0:
         lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)), 1)
-    _prepare_queries(control, own, layer, adapter)
+    if get_i64(control + 8 * WHOLE_NORM) != 0:
+        _find_factors(control, own, layer)
     rows, window = get_i64(own + 8 * OWN_ROWS), get_i64(layer + 8 * WINDOW)
     for first in range(0, rows, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, rows - first)
@@ -93,19 +102,25 @@ def attention_phase(kv: Any, kv_size: int, control: int, own: int, layer: int, x
             lowest = min(lowest, _begin(get_i64(positions + 8 * row), window))
             highest = max(highest, get_i64(positions + 8 * row))
         begin, chunks = lowest // CHUNK, highest // CHUNK + 1 - lowest // CHUNK
-        # Two buffers by turns: others may still be joining what the last phase left in the other one.
+        # Two buffers by turns: others may still be joining what these tasks made of the rows before.
         records = get_i64(control + 8 * (RECORDS + get_i64(own + 8 * PHASE) % 2))
         step = (
             count * (get_i64(control + 8 * HEADS) // get_i64(control + 8 * KV_HEADS)) * _record_bytes(control)
         )
         tasks = get_i64(control + 8 * KV_HEADS) * chunks
+        prepared = -1
         task = take(control, own, tasks)
         while task >= 0:
             group, chunk = task // chunks, begin + task % chunks
+            if group != prepared:  # a thread has neighbouring tasks, so most of its groups it has for itself
+                _prepare_queries(control, own, layer, adapter, first, count, group)
+                prepared = group
+            _write_cache(kv, kv_size, control, own, layer, first, count, group, chunk)
             _attend_chunk(kv, kv_size, control, own, layer, first, count, group, chunk, records + task * step)
             task = take(control, own, tasks)
         wait(control, own)
-        _join_chunks(control, own, window, first, count, begin, chunks, records)
+        _join_chunks(tag, control, own, window, first, count, begin, chunks, records)
+    wait(control, own)
 
 
 @njit(nogil=True, error_model="numpy")
@@ -136,14 +151,6 @@ def _record_bytes(control: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def _join(out: int, source: int, part_step: int, parts: int, size: int) -> None:
-    """One head of the projection, its parts added."""
-    copy_row(out, source, size)
-    if parts > 1:
-        add_parts(out, source + part_step, part_step, parts - 1, size)
-
-
-@njit(nogil=True, error_model="numpy")
 def _turn(control: int, head: int, norm: int, position: int) -> None:
     """Norm a query or key head if ``norm``, and rotate it, in place."""
     size = get_i64(control + 8 * HEAD_DIM)
@@ -154,77 +161,95 @@ def _turn(control: int, head: int, norm: int, position: int) -> None:
 
 
 @njit(nogil=True, error_model="numpy")
+def _find_factors(control: int, own: int, layer: int) -> None:
+    """What an RMSNorm over all heads multiplies each row's queries by, and its keys, into this thread's own ``FACTORS
+    [rows, 2]``."""
+    rows, heads = get_i64(own + 8 * OWN_ROWS), get_i64(control + 8 * HEADS)
+    kv_heads, size = get_i64(control + 8 * KV_HEADS), get_i64(control + 8 * HEAD_DIM)
+    width, parts = (heads + 2 * kv_heads) * size, parts_left(control, layer + 8 * QKV)
+    for row in range(rows):
+        source = get_i64(control + 8 * QKV_BUFFER) + 4 * row * width
+        factors = get_i64(own + 8 * OWN_FACTORS) + 8 * row
+        step = 4 * rows * width
+        put_f32(factors, _whole_factor(control, own, source, step, parts, heads))
+        put_f32(factors + 4, _whole_factor(control, own, source + 4 * heads * size, step, parts, kv_heads))
+
+
+@njit(nogil=True, error_model="numpy")
 def _whole_factor(control: int, own: int, source: int, part_step: int, parts: int, heads: int) -> float:
     """What an RMSNorm over ``heads`` neighbouring heads of the projection multiplies them by."""
     size, scratch = get_i64(control + 8 * HEAD_DIM), get_i64(own + 8 * OWN_KV)
     total = np.float32(0.0)
     for head in range(heads):
-        _join(scratch, source + 4 * head * size, part_step, parts, size)
+        join_parts(scratch, source + 4 * head * size, part_step, parts, size)
         total += dot(_FLOAT32, scratch, scratch, size)
     mean = total / np.float32(heads * size)
     return np.float32(1.0) / np.sqrt(np.float32(mean + get_f32(control + 8 * EPS)))
 
 
 @njit(nogil=True, error_model="numpy")
-def _write_cache(kv: Any, kv_size: int, control: int, own: int, layer: int) -> None:
-    """Rotated keys and values of all rows that write, into the cache. Every thread writes the same bits,
-    which is cheaper than a barrier."""
+def _write_cache(
+    kv: Any,
+    kv_size: int,
+    control: int,
+    own: int,
+    layer: int,
+    first: int,
+    count: int,
+    group: int,
+    chunk: int,
+) -> None:
+    """Into the cache go one head's rotated keys, and values, of those of ``count`` rows from ``first`` on whose positions
+    are in a chunk: nobody else looks at them before the next barrier."""
     rows, heads, kv_heads = (
         get_i64(own + 8 * OWN_ROWS),
         get_i64(control + 8 * HEADS),
         get_i64(control + 8 * KV_HEADS),
     )
     size, capacity = get_i64(control + 8 * HEAD_DIM), get_i64(control + 8 * CAPACITY)
-    width = (heads + 2 * kv_heads) * size
-    buffer, scratch = get_i64(control + 8 * QKV_BUFFER), get_i64(own + 8 * OWN_KV)
-    parts = get_i64(layer + 8 * (QKV + PARTS))
+    width, scratch = (heads + 2 * kv_heads) * size, get_i64(own + 8 * OWN_KV)
+    parts, part_step = parts_left(control, layer + 8 * QKV), 4 * rows * width
     norm, whole = get_i64(layer + 8 * K_NORM), get_i64(control + 8 * WHOLE_NORM) != 0
-    for row in range(rows):
+    for row in range(first, first + count):
         slot = get_i64(get_i64(own + 8 * OWN_SLOTS) + 8 * row)
-        if slot < 0:
-            continue
         position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
-        factor = np.float32(1.0)
+        if slot < 0 or position // CHUNK != chunk:
+            continue
+        source = get_i64(control + 8 * QKV_BUFFER) + 4 * (row * width + (heads + group) * size)
+        place = (group * capacity + slot) * size * kv_size
+        join_parts(scratch, source, part_step, parts, size)
         if whole:
-            keys = buffer + 4 * (row * width + heads * size)
-            factor = _whole_factor(control, own, keys, 4 * rows * width, parts, kv_heads)
-        for head in range(2 * kv_heads):
-            source = buffer + 4 * (row * width + (heads + head) * size)
-            _join(scratch, source, 4 * rows * width, parts, size)
-            cache = get_i64(layer + 8 * KEYS)
-            if head < kv_heads:
-                if whole:
-                    scale_row(scratch, scratch, norm + 4 * head * size, factor, size)
-                _turn(control, scratch, 0 if whole else norm, position)
-            else:
-                cache = get_i64(layer + 8 * VALUES)
-            place = (head % kv_heads) * capacity + slot
-            narrow_row(kv, cache + place * size * kv_size, scratch, size)
+            factor = get_f32(get_i64(own + 8 * OWN_FACTORS) + 8 * row + 4)
+            scale_row(scratch, scratch, norm + 4 * group * size, factor, size)
+        _turn(control, scratch, 0 if whole else norm, position)
+        narrow_row(kv, get_i64(layer + 8 * KEYS) + place, scratch, size)
+        join_parts(scratch, source + 4 * kv_heads * size, part_step, parts, size)
+        narrow_row(kv, get_i64(layer + 8 * VALUES) + place, scratch, size)
 
 
 @njit(nogil=True, error_model="numpy")
-def _prepare_queries(control: int, own: int, layer: int, adapter: int) -> None:
-    """All rows' queries, normed and rotated, into this thread's own ``QUERIES [kv heads, rows, heads of each, size]``."""
+def _prepare_queries(
+    control: int, own: int, layer: int, adapter: int, first: int, count: int, group: int
+) -> None:
+    """The queries of ``count`` rows from ``first`` on that share one head of keys and values, normed and rotated, into this
+    thread's own ``QUERIES [count, heads of each, size]``."""
     rows, heads = get_i64(own + 8 * OWN_ROWS), get_i64(control + 8 * HEADS)
     size, kv_heads = get_i64(control + 8 * HEAD_DIM), get_i64(control + 8 * KV_HEADS)
     width, each = (heads + 2 * kv_heads) * size, heads // kv_heads
-    parts, whole = get_i64(layer + 8 * (QKV + PARTS)), get_i64(control + 8 * WHOLE_NORM) != 0
-    norm = get_i64(layer + 8 * Q_NORM)
-    for row in range(rows):
+    parts, whole = parts_left(control, layer + 8 * QKV), get_i64(control + 8 * WHOLE_NORM) != 0
+    norm, query = get_i64(layer + 8 * Q_NORM), get_i64(own + 8 * OWN_QUERIES)
+    for row in range(first, first + count):
         position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
-        source = get_i64(control + 8 * QKV_BUFFER) + 4 * row * width
-        factor = np.float32(1.0)
-        if whole:
-            factor = _whole_factor(control, own, source, 4 * rows * width, parts, heads)
-        for head in range(heads):
-            place = (head // each * rows + row) * each + head % each
-            query = get_i64(own + 8 * OWN_QUERIES) + 4 * place * size
-            _join(query, source + 4 * head * size, 4 * rows * width, parts, size)
+        for head in range(group * each, (group + 1) * each):
+            source = get_i64(control + 8 * QKV_BUFFER) + 4 * (row * width + head * size)
+            join_parts(query, source, 4 * rows * width, parts, size)
             if adapter != 0 and row == 1:
                 add_raised(own, adapter, head * size, size, query)
             if whole:
+                factor = get_f32(get_i64(own + 8 * OWN_FACTORS) + 8 * row)
                 scale_row(query, query, norm + 4 * head * size, factor, size)
             _turn(control, query, 0 if whole else norm, position)
+            query += 4 * size
 
 
 @njit(nogil=True, error_model="numpy")
@@ -248,8 +273,7 @@ def _attend_chunk(
     keys, values = get_i64(layer + 8 * KEYS) + slot, get_i64(layer + 8 * VALUES) + slot
     window, positions = get_i64(layer + 8 * WINDOW), get_i64(own + 8 * OWN_POSITIONS) + 8 * first
     slots = get_i64(own + 8 * OWN_SLOTS) + 8 * first
-    place = (group * get_i64(own + 8 * OWN_ROWS) + first) * each
-    queries, scores = get_i64(own + 8 * OWN_QUERIES) + 4 * place * size, get_i64(own + 8 * OWN_SCORES)
+    queries, scores = get_i64(own + 8 * OWN_QUERIES), get_i64(own + 8 * OWN_SCORES)
     for query in range(0, count * each, TOGETHER):
         many = min(TOGETHER, count * each - query)
         # What some of these queries see of the chunk, and what all of them do.
@@ -352,19 +376,35 @@ def _mix(
 
 @njit(nogil=True, error_model="numpy")
 def _join_chunks(
-    control: int, own: int, window: int, first: int, count: int, begin: int, chunks: int, records: int
+    tag: Any,
+    control: int,
+    own: int,
+    window: int,
+    first: int,
+    count: int,
+    begin: int,
+    chunks: int,
+    records: int,
 ) -> None:
-    """What rows ``first .. first + count - 1`` made of the chunks, joined in their order into ``MIXED``."""
+    """What rows ``first .. first + count - 1`` made of the chunks, joined in their order: this thread's share of heads."""
     heads, size = get_i64(control + 8 * HEADS), get_i64(control + 8 * HEAD_DIM)
     each, record_bytes = heads // get_i64(control + 8 * KV_HEADS), _record_bytes(control)
-    for row in range(count):
-        position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * (first + row))
+    rounded, extras = get_i64(control + 8 * MIXED_ROUNDED), get_i64(control + 8 * MIXED_EXTRAS)
+    # Two heads at a time where one is not whole groups of inputs of the next matmul.
+    together = 1 if size % 32 == 0 else 2
+    shares, threads = (heads + together - 1) // together, get_i64(control + 8 * THREADS)
+    rank = (own - control - 8 * RANKS) // (8 * RANK_FIELDS)
+    from_ = min(heads, rank * shares // threads * together)
+    to = min(heads, (rank + 1) * shares // threads * together)
+    for row in range(first, first + count):
+        position = get_i64(get_i64(own + 8 * OWN_POSITIONS) + 8 * row)
         seen = _begin(position, window) // CHUNK - begin, position // CHUNK - begin
-        for head in range(heads):
-            out = get_i64(own + 8 * OWN_MIXED) + 4 * ((first + row) * heads + head) * size
+        mixed = get_i64(control + 8 * MIXED) + 4 * row * heads * size
+        for head in range(from_, to):
+            out = mixed + 4 * head * size
             best, total = _MINUS_INFINITY, _FLOAT32
             for chunk in range(seen[0], seen[1] + 1):
-                place = ((head // each * chunks + chunk) * count + row) * each + head % each
+                place = ((head // each * chunks + chunk) * count + row - first) * each + head % each
                 record = records + place * record_bytes
                 score, part = get_f32(record), get_f32(record + 4)
                 if best == _MINUS_INFINITY:
@@ -380,3 +420,6 @@ def _join_chunks(
                     add_scaled(out, record + 4 * _HEADER, factor, size)
                     total += factor * part
             times_row(out, np.float32(1.0) / total, size)
+        if from_ < to:
+            inputs, many = from_ * size, (to - from_) * size
+            prepare_part(tag, mixed + 4 * inputs, row, inputs, many, heads * size, rounded, extras)

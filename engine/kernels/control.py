@@ -5,8 +5,8 @@ Only names: Python fills the block, and the compiled code reads it (:mod:`engine
 
 from __future__ import annotations
 
-# In int64 fields; the counters have cache lines of their own.
-SEQUENCE, ARRIVED = 0, 16
+# In int64 fields; what several threads write or wait for has cache lines of its own.
+SEQUENCE = 0
 (
     COMMAND, THREADS, ROWS, FIRST, LAST, HIDDEN, OUT, POSITIONS, SLOTS, LAYERS, COS, SIN, CAPACITY,
     HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, EPS, QKV_BUFFER, PARTS_BUFFER, ACT, GATE_UP, NORM, LINEAR,
@@ -25,13 +25,17 @@ SEQUENCE, ARRIVED = 0, 16
 BEGUN, IDS, EMBEDDING, LOGITS, NO_GAIN = range(100, 105)
 RECORDS = 105  # of attention, two buffers of them
 KEPT_LAYERS = 107  # the first so many, which draft steps read too
-RANKS = 112  # per thread RANK_FIELDS
-RANK_FIELDS = 32
+# What attention gives, and this and ACT as the next matmul takes them.
+MIXED, MIXED_ROUNDED, MIXED_EXTRAS, ACT_ROUNDED, ACT_EXTRAS = range(108, 113)
+RANKS = 120  # per thread RANK_FIELDS
+RANK_FIELDS = 40
 (
-    EPOCH, PHASE, SEEN, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,
-    OWN_PAIR, OWN_LOGITS, OWN_ROWS, OWN_POSITIONS, OWN_SLOTS, OWN_QUERIES, OWN_MIXED, OWN_LOW_ROUNDED, OWN_LOW_EXTRAS,
-) = range(20)  # fmt: skip
-TICKETS = 24  # two of them, which other threads may draw from as well
+    PHASE, SEEN, MINE, OWED, GUEST, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,
+    OWN_PAIR, OWN_LOGITS, OWN_ROWS, OWN_POSITIONS, OWN_SLOTS, OWN_QUERIES, OWN_LOW_ROUNDED, OWN_LOW_EXTRAS,
+    OWN_FACTORS,
+) = range(22)  # fmt: skip
+TICKETS, HELPED = 24, 25  # what other threads write as well, when they help
+ARRIVED = 32  # at the end of how many phases: what they wait for
 RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 8)
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.

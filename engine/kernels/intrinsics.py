@@ -205,6 +205,17 @@ def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
 
 
 @intrinsic
+def atomic_exchange_if(typingctx: Any, address: Any, seen: Any, value: Any) -> Any:
+    """Whether the int64 at ``address`` was ``seen``; then it is ``value`` now (sequentially consistent)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        where = pointer(builder, args[0], I64)
+        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def atomic_get(typingctx: Any, address: Any) -> Any:
     """The int64 at ``address``, with acquire ordering."""
 
@@ -212,6 +223,17 @@ def atomic_get(typingctx: Any, address: Any) -> Any:
         return builder.load_atomic(pointer(builder, args[0], I64), "acquire", 8)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_put(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store an int64 at ``address``, with release ordering."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], pointer(builder, args[0], I64), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -233,7 +255,7 @@ def pause(typingctx: Any) -> Any:
 
 @intrinsic
 def give_way(typingctx: Any) -> Any:
-    """Let another thread have the core (``slipstream_give_way`` is registered by ``workers``)."""
+    """Let another thread have the core (``slipstream_give_way`` is registered by :mod:`engine.kernels.native`)."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(I32, [])

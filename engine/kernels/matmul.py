@@ -31,10 +31,26 @@ _BF16 = np.uint16(0)
 _TILE = int8_tiles.OUTPUTS  # which divides a block
 
 
-def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
-    """Where :func:`multiply_block` finds its inputs: for int4 and int8 the float rows ``x [rows, count]`` are rounded
-    into ``rounded`` and ``extras``, for bfloat16 perhaps into ``rounded``; else ``x`` itself (numba functions only)."""
+def prepare_part(
+    tag: Any, x: int, row: int, first: int, count: int, inputs: int, rounded: int, extras: int
+) -> None:
+    """Prepare ``count`` of a row's ``inputs`` for :func:`multiply_block`, those from number ``first`` on, a multiple of 32:
+    the floats at ``x`` are rounded into ``rounded`` and ``extras`` for int4 and int8, and for bfloat16 perhaps into
+    ``rounded``, where those of all rows lie (numba functions only)."""
     raise NotImplementedError
+
+
+def prepared(tag: Any, x: int, rounded: int) -> int:
+    """Where :func:`multiply_block` finds its inputs: ``rounded``, or the floats ``x`` themselves (numba functions only)."""
+    raise NotImplementedError
+
+
+@njit(nogil=True, error_model="numpy")
+def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
+    """Prepare the floats ``x [rows, count]``; returns where they are to be found."""
+    for row in range(rows):
+        prepare_part(tag, x + 4 * row * count, row, 0, count, count, rounded, extras)
+    return prepared(tag, x, rounded)
 
 
 def multiply_block(
@@ -226,29 +242,44 @@ _ROW_MAJOR_BLOCKS = {
 }
 
 
-@overload(prepare_rows)
-def _prepare_rows(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
+@overload(prepare_part)
+def _prepare_part(
+    tag: Any, x: Any, row: Any, first: Any, count: Any, inputs: Any, rounded: Any, extras: Any
+) -> Any:
     if tag == types.uint16 and _PAIRED:
 
-        def narrow(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
-            narrow_row(tag, rounded, x, rows * count)
-            return rounded
+        def narrow(
+            tag: Any, x: Any, row: Any, first: Any, count: Any, inputs: Any, rounded: Any, extras: Any
+        ) -> None:
+            narrow_row(tag, rounded + 2 * (row * inputs + first), x, count)
 
         return narrow
     if tag not in _BLOCKS:
 
-        def same(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
-            return x
+        def leave(
+            tag: Any, x: Any, row: Any, first: Any, count: Any, inputs: Any, rounded: Any, extras: Any
+        ) -> None:
+            pass
 
-        return same
+        return leave
 
-    def prepare(tag: Any, x: Any, rows: Any, count: Any, rounded: Any, extras: Any) -> Any:
-        groups = (count + GROUP - 1) // GROUP
-        for row in range(rows):
-            round_row(x + 4 * row * count, rounded + row * count, extras + GROUP_BYTES * row * groups, count)
-        return rounded
+    def round_(
+        tag: Any, x: Any, row: Any, first: Any, count: Any, inputs: Any, rounded: Any, extras: Any
+    ) -> None:
+        group = row * ((inputs + GROUP - 1) // GROUP) + first // GROUP
+        round_row(x, rounded + row * inputs + first, extras + GROUP_BYTES * group, count)
 
-    return prepare
+    return round_
+
+
+@overload(prepared)
+def _prepared(tag: Any, x: Any, rounded: Any) -> Any:
+    is_rounded = tag in _BLOCKS or (tag == types.uint16 and _PAIRED)
+
+    def find(tag: Any, x: Any, rounded: Any) -> Any:
+        return rounded if is_rounded else x
+
+    return find
 
 
 @overload(multiply_block)

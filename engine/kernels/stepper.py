@@ -260,10 +260,13 @@ class FusedStepper:
             control.EPS: int(np.float32(config.norm_eps).view(np.int32)),
             control.QKV_BUFFER: self.buffer(splits * wide),
             control.PARTS_BUFFER: self.buffer(splits * config.hidden_size),
+            control.MIXED: self.buffer(mixed),
             control.ACT: self.buffer(inner),
             control.GATE_UP: self.buffer(2 * inner),
             control.WHOLE_NORM: int(config.qk_norm_whole),
         }
+        fields[control.ACT_ROUNDED], fields[control.ACT_EXTRAS] = self._rounded(inner)
+        fields[control.MIXED_ROUNDED], fields[control.MIXED_EXTRAS] = self._rounded(mixed)
         for rank in range(self.num_threads):
             own = control.RANKS + rank * control.RANK_FIELDS
             fields[own + control.OWN_H] = self.buffer(config.hidden_size)
@@ -272,8 +275,8 @@ class FusedStepper:
                 self._max_inputs
             )
             fields[own + control.OWN_KV] = self.buffer(config.head_dim)
+            fields[own + control.OWN_FACTORS] = self.buffer(2)
             fields[own + control.OWN_QUERIES] = self.buffer(mixed)
-            fields[own + control.OWN_MIXED] = self.buffer(mixed)
             fields[own + control.OWN_SCORES] = self.buffer(control.ATTENTION_CHUNK)
         for field, value in fields.items():
             self.team.control[field] = value
@@ -333,6 +336,7 @@ class FusedStepper:
             chunks = cache.capacity // control.ATTENTION_CHUNK + 2
             queries = control.ATTENTION_ROWS * self.decoder.config.num_heads
             size = chunks * queries * (self.decoder.config.head_dim + 16)
-            self._attended = np.empty((2, size), np.float32)
-            block[control.RECORDS : control.RECORDS + 2] = [part.ctypes.data for part in self._attended]
+            self._attended = np.empty(2 * size + 16, np.float32)
+            first = -(-self._attended.ctypes.data // 64) * 64
+            block[control.RECORDS : control.RECORDS + 2] = first, first + 4 * size
             self._record_slots = cache.capacity

@@ -34,7 +34,7 @@ class Team:
 
     def __init__(self, num_threads: int, kinds: Kinds, patience: int = PATIENCE) -> None:
         self.num_threads, self._patience = num_threads, patience
-        self.control = np.zeros(fields.RANKS + fields.RANK_FIELDS * num_threads, np.int64)
+        self.control = _aligned(fields.RANKS + fields.RANK_FIELDS * num_threads)
         self.address = self.control.ctypes.data
         self._fields = self.control.data  # of single fields it takes values sooner
         self.control[fields.THREADS] = num_threads
@@ -86,8 +86,16 @@ class Team:
     def _start_workers(self) -> None:
         if self._pid != os.getpid():  # a forked child has the memory but not the threads
             self._workers, self._pid = [], os.getpid()
-            self.control[[fields.SEQUENCE, fields.ARRIVED]] = 0
-            for own in (fields.EPOCH, fields.PHASE, fields.TICKETS, fields.TICKETS + 1):
+            self.control[fields.SEQUENCE] = 0
+            for own in (
+                fields.PHASE,
+                fields.MINE,
+                fields.OWED,
+                fields.GUEST,
+                fields.TICKETS,
+                fields.HELPED,
+                fields.ARRIVED,
+            ):
                 self.control[fields.RANKS + own :: fields.RANK_FIELDS] = 0
         if len(self._workers) < self.num_threads - 1:
             self.control[fields.RANKS + fields.SEEN :: fields.RANK_FIELDS] = self.control[fields.SEQUENCE]
@@ -95,6 +103,13 @@ class Team:
                 _Worker(self.control, self._program, rank, self._patience)
                 for rank in range(1, self.num_threads)
             ]
+
+
+def _aligned(count: int) -> np.ndarray:
+    """So many int64 zeros, from the beginning of a cache line on."""
+    room = np.zeros(count + 8, np.int64)
+    first = -room.ctypes.data % 64 // 8
+    return room[first : first + count]
 
 
 class _Worker:
