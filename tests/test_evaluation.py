@@ -9,10 +9,12 @@ import pytest
 
 from engine.errors import InvalidRequestError
 from engine.evaluation import row_costs
+from engine.evaluation.core_distance import CoreDistance
 from engine.evaluation.peers import SlipstreamLane, TransformersLane
 from engine.evaluation.runner import BenchSettings, load_samples, run_turns, save_report
 from engine.evaluation.statistics import Sample, balanced_order, quantile, summarise
 from engine.evaluation.suites import Prompt, load_prompts, suite_path
+from engine.hardware import usable_threads
 from tests import tiny
 
 SETTINGS = BenchSettings("model", "suite", 4, 1, 0.0)
@@ -135,3 +137,16 @@ def test_lanes_end_where_the_model_ends_its_answer(tmp_path: Path) -> None:
         assert answer[-1] == end and end not in answer[:-1]
         assert len(each.generate([5, 9, 11], 12, 0.0, 0, True)["token_ids"]) == 12
     assert lane.generate([5, 9, 11], 12, 0.0, 0, False)["token_ids"] == tokens[: tokens.index(end) + 1]
+
+
+def test_the_distance_of_cores_is_measured_where_there_are_two() -> None:
+    alone = CoreDistance(1)
+    alone.measure()
+    assert alone.summary() is None
+    both = CoreDistance(2)
+    assert both.summary() is None  # nothing was measured yet
+    for _ in range(3):
+        both.measure()
+    found = both.summary()
+    if usable_threads() > 1:
+        assert found is not None and 1 < found["lowest"] <= found["median"] <= found["highest"]

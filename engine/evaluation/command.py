@@ -103,8 +103,10 @@ def _run(
     baseline: str,
     target: Path | None,
 ) -> int:
+    from engine.evaluation.core_distance import CoreDistance
     from engine.hardware import copy_bandwidth, machine
 
+    distance = CoreDistance(settings.threads)
     bandwidth = copy_bandwidth(settings.threads)
     facts = {**asdict(machine()), "threads_used": settings.threads, "read_bytes_per_second": bandwidth}
     first = next(iter(workers.values()))
@@ -116,12 +118,14 @@ def _run(
     def report() -> dict[str, Any]:
         rows = build_rows(workers, samples, settings, baseline, bandwidth)
         kept = {lane: {i: asdict(s) for i, s in by_id.items()} for lane, by_id in samples.items()}
-        return {"machine": facts, "settings": asdict(settings), "rows": rows, "samples": kept}
+        seen = {**facts, "core_to_core_ns": distance.summary()}
+        return {"machine": seen, "settings": asdict(settings), "rows": rows, "samples": kept}
 
     started, stopped, first_done = time.perf_counter(), False, None
     try:
         for done, total in run_turns(workers, prompts, encode, settings, samples):
             first_done = done - 1 if first_done is None else first_done
+            distance.measure()
             left = (time.perf_counter() - started) / (done - first_done) * (total - done)
             _tell(f"{done} of {total} prompts, {format_seconds(left)} left")
             if target:

@@ -124,7 +124,9 @@ def _where(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     if _on_gpu(report["rows"]):
         return str(machine["gpus"][0]["name"])
-    return f"{machine['cpu']}, {report['settings']['threads']} threads"
+    apart = machine.get("core_to_core_ns")
+    cores = f", cores {apart['median']:.0f} ns apart" if apart else ""
+    return f"{machine['cpu']}, {report['settings']['threads']} threads{cores}"
 
 
 def _paired(row: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
