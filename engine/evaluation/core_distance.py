@@ -17,14 +17,14 @@ from numba import njit
 from engine.hardware import usable_threads
 from engine.kernels.intrinsics import atomic_add, atomic_get
 
-_HOPS = 500
+_FIRST, _HOPS = 100, 500  # until both threads run, and then
 _SETTLE = 0.005  # seconds for threads that still wait for their next command to fall asleep
 
 
 @njit(nogil=True, error_model="numpy")
-def _hop(address: int, parity: int, hops: int) -> None:
+def _hop(address: int, parity: int, first: int, last: int) -> None:
     """Wait for every other number at ``address``, and count on."""
-    for number in range(hops):
+    for number in range(first, last):
         while atomic_get(address) != 2 * number + parity:
             pass
         atomic_add(address, 1)
@@ -37,7 +37,7 @@ class CoreDistance:
         self._seconds: list[float] = []
         self._possible = min(threads, usable_threads()) > 1
         if self._possible:
-            _hop(np.zeros(1, np.int64).ctypes.data, 0, 0)  # compiled
+            _hop(np.zeros(1, np.int64).ctypes.data, 0, 0, 0)  # compiled
 
     def measure(self) -> None:
         """Take one measurement; a few milliseconds."""
@@ -45,12 +45,13 @@ class CoreDistance:
             return
         time.sleep(_SETTLE)
         cell = np.zeros(16, np.int64)
-        other = threading.Thread(target=_hop, args=(cell.ctypes.data, 1, _HOPS))
-        started = time.perf_counter()
+        other = threading.Thread(target=_hop, args=(cell.ctypes.data, 1, 0, _FIRST + _HOPS))
         other.start()
-        _hop(cell.ctypes.data, 0, _HOPS)
-        other.join()
+        _hop(cell.ctypes.data, 0, 0, _FIRST)
+        started = time.perf_counter()
+        _hop(cell.ctypes.data, 0, _FIRST, _FIRST + _HOPS)
         self._seconds.append((time.perf_counter() - started) / (2 * _HOPS))
+        other.join()
 
     def summary(self) -> dict[str, float] | None:
         """Nanoseconds, one way: the lowest, the median and the highest of all measurements."""

@@ -70,7 +70,7 @@ def _summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows, settings = report["rows"], report["settings"]
     what = [_model(rows), f"{settings['suite']}, {rows[0]['num_prompts']} of {_length(settings)} tokens"]
     what[1] += f", {_sampling(settings)}" if settings["temperature"] else ""
-    what[1] += f", {_where(report)}" if _on_gpu(rows) else ""
+    what[1] += f", {_where(report)}" if _on_gpu(rows) else _apart(report)
     ours, found = [row for row in rows if not row["peer"]], []
     for weights in dict.fromkeys(row["format"] for row in ours):
         lanes = {row["method"]: row for row in ours if row["format"] == weights}
@@ -124,9 +124,12 @@ def _where(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     if _on_gpu(report["rows"]):
         return str(machine["gpus"][0]["name"])
-    apart = machine.get("core_to_core_ns")
-    cores = f", cores {apart['median']:.0f} ns apart" if apart else ""
-    return f"{machine['cpu']}, {report['settings']['threads']} threads{cores}"
+    return f"{machine['cpu']}, {report['settings']['threads']} threads{_apart(report)}"
+
+
+def _apart(report: Mapping[str, Any]) -> str:
+    found = report["machine"].get("core_to_core_ns")
+    return f", cores {found['median']:.0f} ns apart" if found else ""
 
 
 def _paired(row: Mapping[str, Any], samples: Mapping[str, Any]) -> str:
