@@ -35,12 +35,14 @@ from engine.kernels import control
 from engine.kernels.native import Kinds, load_program
 program = load_program({KINDS!r})
 block = np.zeros(200, np.int64)
+block[control.THREADS] = 3
 program.publish(block.ctypes.data)
 program.publish(block.ctypes.data)
-print(block[control.SEQUENCE], block.sum(), "numba" in sys.modules)
+number, threads = divmod(block[control.SEQUENCE], control.MOST_THREADS)
+print(number, threads, np.count_nonzero(block), "numba" in sys.modules)
 """
     run(code)  # compiles what was not compiled before
-    assert run(code) == "2 2 False"
+    assert run(code) == "2 3 2 False"
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no header"])

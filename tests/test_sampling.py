@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.decoding.ranking import Candidates
 from engine.decoding.sampling import Sampler
+from engine.decoding.seen import SeenTokens
 from engine.errors import InvalidRequestError, SlipstreamError
 from engine.requests import SamplingParams
 
@@ -150,11 +153,11 @@ def test_a_draft_from_the_models_own_distribution_is_what_the_model_takes():
     """So that drafts agree as often as the distributions do, at any temperature."""
     logits = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 2
     weights = (logits - logits.max()).exp().numpy()
-    tokens = np.arange(300)
+    candidates = Candidates(np.arange(300), weights, float(weights.sum()), float(logits.max()))
     for temperature in (0.7, 1.0, 1.3):
         sampler, same, taken = Sampler(SamplingParams(temperature, seed=4)), 0, set()
         for position in range(300):
-            ((draft, chance),) = sampler.rank(tokens, weights, float(weights.sum()), position, 1.0)
+            ((draft, chance),) = sampler.ranking(range(position), ())(candidates, 1.0)
             token = sampler.choose(logits, range(position))
             same += draft == token
             taken.add(token)
@@ -167,17 +170,19 @@ def test_where_nearly_all_tokens_are_likely_only_the_likeliest_are_looked_at():
     heavy = np.arange(256) * 30 + 3
     weights[heavy] = 1
     sampler = Sampler(SamplingParams(2.0, seed=1))
-    drafted = {sampler.rank(np.arange(8192), weights, 7e3, position, 1.0)[0][0] for position in range(60)}
+    candidates = Candidates(np.arange(8192), weights, 7e3, 5.0)
+    drafted = {sampler.ranking(range(position), ())(candidates, 1.0)[0][0] for position in range(60)}
     assert drafted <= set(heavy.tolist()) and len(drafted) > 40
 
 
 def test_ranks_fall_and_end_with_the_least_chance():
-    tokens, weights = np.array([7, 9, 4, 2]), np.array([0.3, 1.0, 0.5, 0.01], np.float32)
-    greedy = Sampler(SamplingParams())
-    assert greedy.rank(tokens, weights.copy(), 2.0, 5, 1.0) == ((9, 0.5),)
-    found = greedy.rank(tokens, weights.copy(), 2.0, 5, 0.2)
-    assert found == ((9, 0.5), (4, 0.25))
-    sampled = Sampler(SamplingParams(1.0, seed=3)).rank(tokens, weights, 2.0, 5, 0.0)
+    def candidates() -> Candidates:
+        return Candidates(np.array([7, 9, 4, 2]), np.array([0.3, 1.0, 0.5, 0.01], np.float32), 2.0, 5.0)
+
+    greedy = Sampler(SamplingParams()).ranking([1, 2, 3, 4, 5], [])
+    assert greedy(candidates(), 1.0) == ((9, 0.5),)
+    assert greedy(candidates(), 0.2) == ((9, 0.5), (4, 0.25))
+    sampled = Sampler(SamplingParams(1.0, seed=3)).ranking(range(5), [])(candidates(), 0.0)
     assert [token for token, _ in sampled] != [] and 2 not in [token for token, _ in sampled]
     chances = [chance for _, chance in sampled]
     assert chances == sorted(chances, reverse=True) and sum(chances) == pytest.approx(1)
@@ -238,3 +243,46 @@ def test_invalid_settings_are_one_sentence(name: str, value: object):
         SamplingParams(**{name: value})
     message = str(caught.value)
     assert name in message and message.endswith(".") and "\n" not in message
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    penalty=st.sampled_from([1.1, 1.5, 0.8]),
+    temperature=st.sampled_from([0.0, 0.7]),
+    drafted=st.lists(st.integers(0, 59), max_size=3),
+)
+def test_drafts_are_penalized_as_the_models_choice_will_be(seed, penalty, temperature, drafted):
+    """Also behind drafts, which are forgotten again."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(60, generator=generator) * 4
+    history = torch.randint(60, (20,), generator=generator).tolist()
+    order = torch.randperm(60, generator=generator)
+
+    def rank(logits: torch.Tensor, penalty: float) -> tuple[tuple[int, float], ...]:
+        weights = (logits[order] - logits.max()).exp().numpy()
+        candidates = Candidates(order.numpy(), weights, float(weights.sum()), float(logits.max()))
+        sampler = Sampler(SamplingParams(temperature, repetition_penalty=penalty, seed=seed))
+        sampler.ranking(history, [5, 7])(replace(candidates, weights=weights.copy()), 0.0)
+        return sampler.ranking(history, drafted)(candidates, 0.0)
+
+    penalized = logits.clone()
+    for token in {*history, *drafted}:
+        penalized[token] = logits[token] * penalty if logits[token] < 0 else logits[token] / penalty
+    expected, got = rank(penalized, 1.0), rank(logits, penalty)
+    assert [token for token, _ in got] == [token for token, _ in expected]
+    assert [chance for _, chance in got] == pytest.approx([chance for _, chance in expected], rel=1e-3)
+
+
+def test_what_a_growing_text_holds():
+    seen, text = SeenTokens(), [5, 3, 5]
+    seen.follow(text, 10)
+    assert seen.tokens.tolist() == [5, 3] and seen.mask.nonzero()[0].tolist() == [3, 5]
+    text += [12, 3, *range(20, 400)]
+    seen.follow(text, 10)
+    assert seen.tokens.tolist() == [5, 3, 12, *range(20, 400)] and len(seen.mask) == 400
+    text[:] = [7]
+    seen.follow(text, 10)
+    assert seen.tokens.tolist() == [7]
+    seen.follow([8, 9], 10)
+    assert seen.tokens.tolist() == [8, 9] and seen.mask.sum() == 2

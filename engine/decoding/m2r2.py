@@ -149,7 +149,8 @@ class M2R2Decoding:
         controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
         if self._final is None or not controller.plan(limit, self._drift):
             return found
-        state, branches, rank = self._final, self._stepper.takes_alternatives, self._sequence.sampler.rank
+        state, branches = self._final, self._stepper.takes_alternatives
+        rank = self._sequence.sampler.ranking(self._sequence.ids, found.tokens)
         while True:
             least = controller.least_offer(found.confidences) if branches else 1.0
             draft = drafter.draft(token, state, cache, cache.length + len(found.tokens), rank, least)

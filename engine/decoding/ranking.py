@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -12,29 +13,43 @@ Ranked: TypeAlias = tuple[tuple[int, float], ...]
 MOST_OTHERS = 3  # beside a draft
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """A draft distribution.
+
+    Attributes:
+        tokens: that may be drafted, ``[N]``.
+        weights: theirs, ``[N]``, the largest 1. Who puts them in order may change them.
+        total: of the whole distribution's weights.
+        best: the logit of the largest.
+    """
+
+    tokens: Tokens
+    weights: Floats
+    total: float
+    best: float
+
+
 class Rank(Protocol):
     """A way to put tokens in order."""
 
-    def __call__(self, tokens: Tokens, weights: Floats, total: float, position: int, least: float) -> Ranked:
+    def __call__(self, found: Candidates, least: float) -> Ranked:
         """The best token, and up to ``MOST_OTHERS`` behind it, with the chance of each to be right.
 
         Args:
-            tokens: of the draft distribution.
-            weights: theirs, the largest 1. The call may change them.
-            total: of the whole distribution's weights.
-            position: that the token is for: how many are before it.
             least: the chance from which on other tokens than the best one are asked for.
         """
 
 
-def likeliest(tokens: Tokens, weights: Floats, total: float, position: int, least: float) -> Ranked:
+def likeliest(found: Candidates, least: float) -> Ranked:
     """By probability: for greedy decoding."""
+    tokens, weights, total = found.tokens, found.weights, found.total
     best = int(weights.argmax())
-    found = [(int(tokens[best]), 1 / total)]
-    while len(found) <= MOST_OTHERS and 1 - found[0][1] > least:
+    ranked = [(int(tokens[best]), 1 / total)]
+    while len(ranked) <= MOST_OTHERS and 1 - ranked[0][1] > least:
         weights[best] = 0
         best = int(weights.argmax())
         if (chance := float(weights[best]) / total) < least:
             break
-        found.append((int(tokens[best]), chance))
-    return tuple(found)
+        ranked.append((int(tokens[best]), chance))
+    return tuple(ranked)

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.decoding.ranking import MOST_OTHERS, Floats, Ranked, Tokens, likeliest
+from engine.decoding.ranking import MOST_OTHERS, Candidates, Floats, Rank, Ranked, Tokens, likeliest
+from engine.decoding.seen import SeenTokens
 from engine.errors import SlipstreamError
 from engine.requests import SamplingParams
 
@@ -53,9 +54,12 @@ class Sampler:
         self._key = _spread(self.seed * _STEP)
         # Weights of the whole vocabulary: new memory of that size comes from the system each time, page by page.
         self._weights: Floats = np.empty(0)
+        self._scored: Floats = np.empty(0)
+        self._seen = SeenTokens()
 
     def choose(self, logits: Tensor, history: Sequence[int]) -> int:
-        """The next token for ``logits [V]`` after the tokens ``history`` (prompt and answer).
+        """The next token for ``logits [V]`` after the tokens ``history`` (prompt and answer): a list that is handed in again
+        may only have grown.
 
         Raises:
             SlipstreamError: the logits are not finite.
@@ -71,12 +75,38 @@ class Sampler:
             times = self.times(tokens, position) / weights
         return int(tokens[times.argmin()])
 
-    def rank(self, tokens: Tokens, weights: Floats, total: float, position: int, least: float) -> Ranked:
-        """A :class:`engine.decoding.ranking.Rank`: tokens in the order in which they would arrive if the draft
-        distribution were the model's. The chances are guesses."""
-        if self.greedy:
-            return likeliest(tokens, weights, total, position, least)
-        temperature = self.params.temperature
+    def ranking(self, history: Sequence[int], drafted: Sequence[int]) -> Rank:
+        """How to put drafts in order that follow ``history`` and ``drafted``, as they are whenever it is asked: as the
+        tokens would be chosen if the draft distribution were the model's. The chances are guesses."""
+
+        def rank(found: Candidates, least: float) -> Ranked:
+            if self.params.repetition_penalty != 1.0:
+                found = self._less_seen(found, history, drafted)
+            if self.greedy:
+                return likeliest(found, least)
+            return self._arrivals(found, len(history) + len(drafted), least)
+
+        return rank
+
+    def _less_seen(self, found: Candidates, history: Sequence[int], drafted: Sequence[int]) -> Candidates:
+        """After the repetition penalty."""
+        self._seen.follow(history, int(found.tokens.max()) + 1)
+        mask, new = self._seen.mask, [token for token in drafted if not self._seen.mask[token]]
+        mask[new] = True
+        seen = mask[found.tokens].nonzero()[0]
+        mask[new] = False
+        weights = found.weights
+        before = weights[seen]
+        after = np.exp(self._penalize(np.log(before) + found.best) - found.best)
+        weights[seen] = after
+        best = float(weights.max())
+        weights /= best
+        total = (found.total + float(after.sum()) - float(before.sum())) / best
+        return Candidates(found.tokens, weights, total, found.best + math.log(best))
+
+    def _arrivals(self, found: Candidates, position: int, least: float) -> Ranked:
+        """The tokens in the order in which they arrive."""
+        tokens, weights, temperature = found.tokens, found.weights, self.params.temperature
         places = (weights >= _LIKELY**temperature).nonzero()[0]
         if len(places) > _MOST:  # at high temperatures most are likely
             places = places[np.argpartition(-weights[places], _MOST)[:_MOST]]
@@ -170,16 +200,22 @@ class Sampler:
         return place if place < len(sums) else int(np.flatnonzero(weights)[-1])
 
     def _scores(self, logits: Tensor, history: Sequence[int]) -> Floats:
-        """The logits after the repetition penalty."""
+        """The logits after the repetition penalty; until the next call."""
         scores: Floats = logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
-        penalty = self.params.repetition_penalty
-        if penalty == 1.0 or not history:
+        if self.params.repetition_penalty == 1.0 or not history:
             return scores
-        scores = scores.copy()
-        seen = np.array(list(set(history)))
-        values = scores[seen]
-        scores[seen] = np.where(values < 0, values * penalty, values / penalty)
-        return scores
+        self._seen.follow(history, len(scores))
+        if self._scored.shape != scores.shape or self._scored.dtype != scores.dtype:
+            self._scored = np.empty_like(scores)
+        np.copyto(self._scored, scores)
+        seen = self._seen.tokens
+        self._scored[seen] = self._penalize(scores[seen])
+        return self._scored
+
+    def _penalize(self, logits: Floats) -> Floats:
+        """The repetition penalty on logits of tokens that were seen."""
+        penalty = self.params.repetition_penalty
+        return np.where(logits < 0, logits * penalty, logits / penalty)
 
     def _all_weights(self, scores: Floats) -> Floats:
         """Of all tokens, the best one's 1; until the next call."""

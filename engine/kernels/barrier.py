@@ -15,12 +15,15 @@ from numba import njit
 from engine.kernels.control import (
     ARRIVED,
     GUEST,
+    HELD_UP,
     HELPED,
     MINE,
     OWED,
     PHASE,
+    PHASE_SHIFT,
     RANK_FIELDS,
     RANKS,
+    SINCE,
     THREADS,
     TICKETS,
 )
@@ -33,6 +36,7 @@ from engine.kernels.intrinsics import (
     give_way,
     pause,
     put_i64,
+    ticks,
 )
 
 SPINS = 500  # pauses (about 20 us) before a waiting thread lets others have its core
@@ -40,7 +44,6 @@ _GRACE = 20  # pauses (about 0.5 us) before it looks for work that others have l
 _SPARE = (
     2  # tasks that it leaves them: the weights of the next one are on their way into their caches already
 )
-_PHASE_SHIFT = 20  # tickets are told apart by their phase: it may be over when somebody comes to draw one
 
 
 @njit(nogil=True, error_model="numpy")
@@ -51,7 +54,8 @@ def wait(control: int, own: int) -> None:
         _arrive(own, phase)
     for rank in range(get_i64(control + 8 * THREADS)):
         while atomic_get(control + 8 * (RANKS + rank * RANK_FIELDS + ARRIVED)) <= phase:
-            spins = _rest(spins)
+            spins = _rest(own, spins)
+    _count_lost(own, spins)
     put_i64(own + 8 * PHASE, phase + 1)
 
 
@@ -71,7 +75,7 @@ def take(control: int, own: int, tasks: int) -> int:
     if get_i64(own + 8 * ARRIVED) <= phase:
         owed = get_i64(own + 8 * OWED) + last - first - get_i64(own + 8 * MINE)
         while atomic_get(own + 8 * HELPED) < owed:
-            spins = _rest(spins)
+            spins = _rest(own, spins)
         put_i64(own + 8 * OWED, owed)
         put_i64(own + 8 * MINE, 0)
         _arrive(own, phase)
@@ -80,20 +84,22 @@ def take(control: int, own: int, tasks: int) -> int:
         whose = rank + step if rank + step < threads else rank + step - threads
         other = control + 8 * (RANKS + whose * RANK_FIELDS)
         while atomic_get(other + 8 * ARRIVED) <= phase:
-            spins = _rest(spins)
+            spins = _rest(own, spins)
             if spins % _GRACE == 0:
                 first, last = whose * tasks // threads, (whose + 1) * tasks // threads
                 number = _draw(other, phase, last - first, _SPARE)
                 if number >= 0:
                     put_i64(own + 8 * GUEST, other + 8 * HELPED)
+                    _count_lost(own, spins)
                     return first + number
+    _count_lost(own, spins)
     return -1
 
 
 @njit(nogil=True, error_model="numpy")
 def _arrive(own: int, phase: int) -> None:
     """Say that this thread has done its share of a phase."""
-    put_i64(own + 8 * TICKETS, (phase + 1) << _PHASE_SHIFT)
+    put_i64(own + 8 * TICKETS, (phase + 1) << PHASE_SHIFT)
     atomic_put(own + 8 * ARRIVED, phase + 1)
 
 
@@ -102,7 +108,7 @@ def _draw(whose: int, phase: int, share: int, least: int) -> int:
     """The number of the next task of a thread's ``share``, if ``least`` are left of it; or -1."""
     while True:
         seen = atomic_get(whose + 8 * TICKETS)
-        number = seen - (phase << _PHASE_SHIFT)
+        number = seen - (phase << PHASE_SHIFT)
         if not 0 <= number <= share - least:
             return -1
         if atomic_exchange_if(whose + 8 * TICKETS, seen, seen + 1):
@@ -110,9 +116,18 @@ def _draw(whose: int, phase: int, share: int, least: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")
-def _rest(spins: int) -> int:
+def _rest(own: int, spins: int) -> int:
     """Wait a little, and let another thread have the core if it has been long."""
     pause()
-    if spins > SPINS:
+    if spins == SPINS:
+        put_i64(own + 8 * SINCE, ticks())
+    if spins >= SPINS:
         give_way()
     return spins + 1
+
+
+@njit(nogil=True, error_model="numpy")
+def _count_lost(own: int, spins: int) -> None:
+    """Note what a wait of so many pauses took, if it was long: somebody had no core."""
+    if spins > SPINS:
+        put_i64(own + 8 * HELD_UP, get_i64(own + 8 * HELD_UP) + ticks() - get_i64(own + 8 * SINCE))

@@ -6,7 +6,10 @@ Only names: Python fills the block, and the compiled code reads it (:mod:`engine
 from __future__ import annotations
 
 # In int64 fields; what several threads write or wait for has cache lines of its own.
+# The number of the command times MOST_THREADS, and how many threads it is for: read together.
 SEQUENCE = 0
+MOST_THREADS = 1024
+PHASE_SHIFT = 20  # tickets are told apart by their phase: it may be over when somebody comes to draw one
 (
     COMMAND, THREADS, ROWS, FIRST, LAST, HIDDEN, OUT, POSITIONS, SLOTS, LAYERS, COS, SIN, CAPACITY,
     HIDDEN_SIZE, HEADS, KV_HEADS, HEAD_DIM, EPS, QKV_BUFFER, PARTS_BUFFER, ACT, GATE_UP, NORM, LINEAR,
@@ -14,7 +17,7 @@ SEQUENCE = 0
 # For draft steps. The maps and the head are addresses of descriptors; START_MAP is 0 where there is none. DRAFT_LAYERS is
 # what LAYERS is to all else: the weights may be int4 copies there.
 (
-    DRAFT_LAYERS, ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS, CONFIDENCE,
+    DRAFT_LAYERS, ADAPTERS, CONDITION, START_MAP, EXIT_MAP, DRAFT_HEAD, DRAFT_BUFFER, DRAFT_LOGITS, DRAFT_TOTAL,
 ) = range(72, 81)  # fmt: skip
 # For layers with experts (:mod:`engine.kernels.expert_phases`).
 (
@@ -27,6 +30,7 @@ RECORDS = 105  # of attention, two buffers of them
 KEPT_LAYERS = 107  # the first so many, which draft steps read too
 # What attention gives, and this and ACT as the next matmul takes them.
 MIXED, MIXED_ROUNDED, MIXED_EXTRAS, ACT_ROUNDED, ACT_EXTRAS = range(108, 113)
+TOOK = 113  # ticks, rank 0 for the last command
 RANKS = 120  # per thread RANK_FIELDS
 RANK_FIELDS = 40
 (
@@ -34,6 +38,8 @@ RANK_FIELDS = 40
     OWN_PAIR, OWN_LOGITS, OWN_ROWS, OWN_POSITIONS, OWN_SLOTS, OWN_QUERIES, OWN_LOW_ROUNDED, OWN_LOW_EXTRAS,
     OWN_FACTORS,
 ) = range(22)  # fmt: skip
+# Ticks that it has spent in long waits for others, and when the present one became long.
+HELD_UP, SINCE = 22, 23
 TICKETS, HELPED = 24, 25  # what other threads write as well, when they help
 ARRIVED = 32  # at the end of how many phases: what they wait for
 RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 8)

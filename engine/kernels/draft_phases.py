@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numba import njit
 
 from engine.kernels.adapter_phases import ADAPTER_TAG
@@ -17,11 +16,11 @@ from engine.kernels.control import (
     ADAPTER_FIELDS,
     ADAPTERS,
     CONDITION,
-    CONFIDENCE,
     DRAFT_BUFFER,
     DRAFT_HEAD,
     DRAFT_LAYERS,
     DRAFT_LOGITS,
+    DRAFT_TOTAL,
     EMBEDDING,
     EPS,
     EXIT_MAP,
@@ -50,7 +49,7 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
     token ``IDS`` instead, and the state of the position before, ``CONDITION [D]``, unnormed or not.
 
     Where there is an ``EXIT_MAP``, the exit state goes to ``DRAFT_BUFFER``, the draft logits to ``DRAFT_LOGITS`` (as
-    powers of e, the best 1), the best token's probability to ``CONFIDENCE``. ``NORM`` is the final norm's gain.
+    powers of e, the best 1), their total and the best logit to ``DRAFT_TOTAL``. ``NORM`` is the final norm's gain.
     """
     size, eps = get_i64(control + 8 * HIDDEN_SIZE), get_f32(control + 8 * EPS)
     h, x, hidden = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_X), get_i64(control + 8 * HIDDEN)
@@ -84,5 +83,7 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
     matmul_phase(head, control, own, get_i64(control + 8 * DRAFT_HEAD), x, 1, logits)
     if rank == 0:
         norm_row(buffer, buffer, get_i64(control + 8 * NO_GAIN), eps, size)
-        count = get_i64(get_i64(control + 8 * DRAFT_HEAD) + 8 * OUTPUTS)  # softmax of the best
-        put_f32(control + 8 * CONFIDENCE, np.float32(1.0) / exp_row(logits, top(logits, count), count))
+        count = get_i64(get_i64(control + 8 * DRAFT_HEAD) + 8 * OUTPUTS)
+        total, best = get_i64(control + 8 * DRAFT_TOTAL), top(logits, count)
+        put_f32(total, exp_row(logits, best, count))
+        put_f32(total + 4, best)

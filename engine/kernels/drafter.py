@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.decoding.ranking import Rank, likeliest
+from engine.decoding.ranking import Candidates, Rank, likeliest
 from engine.kernels import control
 from engine.kernels.adapters import describe_adapter, int8_map
 from engine.kernels.draft_layers import use_copies
@@ -82,6 +82,7 @@ class FusedDrafter:
         if accelerator.start is not None:
             start = table.describe(int8_map(accelerator.start)).ctypes.data
         self._weights = np.zeros(head.out_features, np.float32)
+        self._total_and_best = np.zeros(2, np.float32)
         size = decoder.config.hidden_size
         self._slots = itertools.cycle([_slot(size) for _ in range(MAX_ROWS)])
         self._exit_map = table.describe(int8_map(accelerator.exit)).ctypes.data
@@ -94,6 +95,7 @@ class FusedDrafter:
             control.DRAFT_HEAD: table.describe(head).ctypes.data,
             control.NO_GAIN: table.vector(torch.ones(size)),
             control.DRAFT_LOGITS: self._weights.ctypes.data,
+            control.DRAFT_TOTAL: self._total_and_best.ctypes.data,
         }
         stepper.reserve_adapters(
             max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
@@ -118,9 +120,9 @@ class FusedDrafter:
             else:
                 self._run_dense(part, rows, slot, state, position)
                 rows = slot.rows
-        confidence = float(stepper.team.control[control.CONFIDENCE :].view(np.float32)[0])
+        total, best = self._total_and_best.tolist()
         slow_state = None if stepper.drafts_on_copies else slot.slow_state
-        ranked = rank(self._vocab, self._weights, 1 / confidence, position + 1, least)
+        ranked = rank(Candidates(self._vocab, self._weights, total, best), least)
         return Draft(*ranked[0], slow_state, slot.exit_state, ranked[1:])
 
     def _run_dense(self, layers: range, rows: Tensor, slot: _Slot, state: Tensor, position: int) -> None:

@@ -254,6 +254,23 @@ def pause(typingctx: Any) -> Any:
 
 
 @intrinsic
+def ticks(typingctx: Any) -> Any:
+    """A counter that runs evenly, at a rate of its own; 0 on CPUs where we know of none that a program may read."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        machine, kind = platform.machine().lower(), ir.FunctionType(I64, [])
+        if machine in ("x86_64", "amd64"):
+            return builder.call(
+                cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), []
+            )
+        if machine in ("arm64", "aarch64"):
+            return builder.call(ir.InlineAsm(kind, "mrs $0, cntvct_el0", "=r", side_effect=True), [])
+        return I64(0)
+
+    return types.int64(), codegen
+
+
+@intrinsic
 def give_way(typingctx: Any) -> Any:
     """Let another thread have the core (``slipstream_give_way`` is registered by :mod:`engine.kernels.native`)."""
 

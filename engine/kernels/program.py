@@ -17,6 +17,7 @@ from engine.kernels.control import (
     KV_HEADS,
     LAYER_FIELDS,
     LAYERS,
+    MOST_THREADS,
     RANK_FIELDS,
     RANKS,
     ROWS,
@@ -29,12 +30,14 @@ from engine.kernels.control import (
     SEEN,
     SEQUENCE,
     STOP,
+    THREADS,
+    TOOK,
     VALUES,
 )
 from engine.kernels.draft_phases import run_draft
 from engine.kernels.expert_phases import run_attention, run_experts
 from engine.kernels.forward_phases import run_forward, run_layers, run_matmul
-from engine.kernels.intrinsics import atomic_add, atomic_get, get_i64, give_way, pause, put_i64
+from engine.kernels.intrinsics import atomic_get, atomic_put, get_i64, give_way, pause, put_i64, ticks
 from engine.kernels.native import Kinds
 from engine.kernels.phases import use_rows
 
@@ -72,8 +75,9 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     """The entry points for ``kinds``, compiled for this CPU: of each its symbol and its object file.
 
     ``work(control, rank, patience)``: rank 0 runs the command and returns. A worker runs each new command,
-    and returns when none came for ``patience`` spins of about 25 ns; its field ``SEEN`` is then the last
-    one's number, or -1 if that was to stop. ``publish(control)`` tells the workers that there is a command.
+    and returns when none came for ``patience`` spins of about 25 ns, or one for fewer threads; its field ``SEEN`` is then
+    the last one's number, or -1 if that was to stop. ``publish(control)`` tells the workers that there is a command, for
+    ``THREADS`` threads.
     ``copy_slot(control, layers, source, target)`` has the caches of so many layers hold the same in two slots.
     """
     names = (kinds.weights, kinds.cache, kinds.draft_head, kinds.draft_layers)
@@ -86,24 +90,30 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
         spins = 0
         while rank == 0 or spins < patience:
             if rank != 0:
-                if atomic_get(control + 8 * SEQUENCE) == get_i64(own + 8 * SEEN):
+                sequence = atomic_get(control + 8 * SEQUENCE)
+                if sequence == get_i64(own + 8 * SEEN):
                     pause()
                     spins += 1
                     if spins % SPINS == 0:  # whoever reads experts from the disk needs a core now and then
                         give_way()
                     continue
-                put_i64(own + 8 * SEEN, get_i64(own + 8 * SEEN) + 1)
+                put_i64(own + 8 * SEEN, sequence)
+                if rank >= sequence % MOST_THREADS:
+                    break
                 if get_i64(control + 8 * COMMAND) == STOP:
                     put_i64(own + 8 * SEEN, -1)
                     break
+            began = ticks()
             use_rows(control, own, 0, get_i64(control + 8 * ROWS))
             run(tag, kv, head, draft, kv_size, control, own, rank)
             if rank == 0:
+                put_i64(control + 8 * TOOK, ticks() - began)
                 break
             spins = 0
 
     def publish(control: int) -> None:
-        atomic_add(control + 8 * SEQUENCE, 1)
+        number = get_i64(control + 8 * SEQUENCE) // MOST_THREADS + 1
+        atomic_put(control + 8 * SEQUENCE, number * MOST_THREADS + get_i64(control + 8 * THREADS))
 
     def copy_slot(control: int, layers: int, source: int, target: int) -> None:
         size = get_i64(control + 8 * HEAD_DIM) * kv_size

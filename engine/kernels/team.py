@@ -1,6 +1,8 @@
 """The threads that run kernels: the caller as rank 0 and persistent workers.
 
-Between two commands a worker spins for a millisecond, so that consecutive decoding steps find it awake, and then sleeps on an event: an idle app uses no CPU.
+Between two commands a worker spins for a millisecond, so that consecutive decoding steps find it awake, and then sleeps on
+an event: an idle app uses no CPU. While other programs want the cores (:mod:`engine.kernels.crowding`), some workers sleep
+through commands as well. Results do not depend on how many take part.
 """
 
 from __future__ import annotations
@@ -11,10 +13,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from time import perf_counter
 
 import numpy as np
 
 from engine.kernels import control as fields
+from engine.kernels.crowding import Crowding
 from engine.kernels.native import Kinds, Program, load_program
 
 PATIENCE = (
@@ -39,6 +43,11 @@ class Team:
         self._fields = self.control.data  # of single fields it takes values sooner
         self.control[fields.THREADS] = num_threads
         self._program = load_program(kinds)
+        self._crowding = Crowding(num_threads)
+        self._held_up = [
+            fields.RANKS + rank * fields.RANK_FIELDS + fields.HELD_UP for rank in range(num_threads)
+        ]
+        self._lost = 0
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._pid = os.getpid()
@@ -53,14 +62,20 @@ class Team:
         with self._lock:
             self._start_workers()
             control = self._fields
+            if control[fields.THREADS] != self._crowding.threads:
+                control[fields.THREADS] = self._take_part(control[fields.THREADS], self._crowding.threads)
             for field, value in values.items():
                 control[field] = value
             control[fields.COMMAND] = command
+            started = perf_counter()
             self._publish()
             try:
                 meanwhile()
             finally:
                 self._program.work(self.address, 0, 0)
+            before, self._lost = self._lost, max([control[field] for field in self._held_up])
+            share = (self._lost - before) / max(1, control[fields.TOOK])
+            self._crowding.observe(perf_counter() - started, share)
 
     def copy_slot(self, layers: int, source: int, target: int) -> None:
         """Have the caches of the first ``layers`` layers hold in slot ``target`` what they hold in ``source``."""
@@ -72,6 +87,7 @@ class Team:
         with self._lock:
             if self._workers and self._pid == os.getpid():
                 self.control[fields.COMMAND] = fields.STOP
+                self.control[fields.THREADS] = self.num_threads
                 self._publish()
                 for worker in self._workers:
                     worker.thread.join()
@@ -79,14 +95,29 @@ class Team:
 
     def _publish(self) -> None:
         self._program.publish(self.address)
-        for worker in self._workers:
+        for worker in self._workers[: self._fields[fields.THREADS] - 1]:
             if worker.parked:
                 worker.wake.set()
+
+    def _take_part(self, now: int, wanted: int) -> int:
+        """How many threads can, of the wanted number: one that was left out must have noticed."""
+        for rank in range(now, wanted):
+            if not self._workers[rank - 1].parked:
+                return rank
+            self._catch_up(rank)
+        return wanted
+
+    def _catch_up(self, rank: int) -> None:
+        """Have an idle thread begin in the phase that the caller is in."""
+        phase, own = self._fields[fields.RANKS + fields.PHASE], fields.RANKS + rank * fields.RANK_FIELDS
+        self._fields[own + fields.PHASE] = self._fields[own + fields.ARRIVED] = phase
+        self._fields[own + fields.TICKETS] = phase << fields.PHASE_SHIFT
 
     def _start_workers(self) -> None:
         if self._pid != os.getpid():  # a forked child has the memory but not the threads
             self._workers, self._pid = [], os.getpid()
             self.control[fields.SEQUENCE] = 0
+            self.control[fields.THREADS] = self.num_threads
             for own in (
                 fields.PHASE,
                 fields.MINE,
@@ -99,6 +130,8 @@ class Team:
                 self.control[fields.RANKS + own :: fields.RANK_FIELDS] = 0
         if len(self._workers) < self.num_threads - 1:
             self.control[fields.RANKS + fields.SEEN :: fields.RANK_FIELDS] = self.control[fields.SEQUENCE]
+            for rank in range(1, self.num_threads):
+                self._catch_up(rank)
             self._workers = [
                 _Worker(self.control, self._program, rank, self._patience)
                 for rank in range(1, self.num_threads)
@@ -131,7 +164,8 @@ def _serve(worker: _Worker, control: np.ndarray, program: Program, rank: int, pa
             return
         # Under the interpreter lock either we see the new command here, or its publisher sees us parked.
         worker.parked = True
-        if int(control[fields.SEQUENCE]) == seen:
+        sequence = int(control[fields.SEQUENCE])
+        if sequence == seen or rank >= sequence % fields.MOST_THREADS:
             worker.wake.wait()
         worker.wake.clear()
         worker.parked = False

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.decoding.ranking import Rank, Ranked, likeliest
+from engine.decoding.ranking import Candidates, Rank, Ranked, likeliest
 from engine.models.attention import attend
 from engine.models.decoder import Decoder, rms_norm, write_cache
 from engine.models.feed_forward import MixtureOfExperts
@@ -106,7 +106,7 @@ class TorchDrafter:
         self.decoder.rope.ensure(slots)
         here = torch.tensor([[position]], device=self.decoder.device)
         best, slow_state, exit_state = self.compute(self.embed(token), state, here, cache, slots)
-        return self._drafted(best, slow_state, exit_state, position + 1, rank, least)
+        return self._drafted(best, slow_state, exit_state, rank, least)
 
     def embed(self, token: int) -> Tensor:
         """``[1, D]``."""
@@ -122,8 +122,8 @@ class TorchDrafter:
             slots: of the cache that attention looks at.
 
         Returns:
-            The places of the likeliest tokens in the draft vocabulary, their weights (the first one's 1) and all tokens'
-            total weight, float32 ``[2 n + 1]``; the slow state ``[1, D]``; the exit state ``[D]``.
+            The places of the likeliest tokens in the draft vocabulary, their weights (the first one's 1), all tokens' total
+            weight and the first one's logit, float32 ``[2 n + 2]``; the slow state ``[1, D]``; the exit state ``[D]``.
         """
         decoder, accelerator = self.decoder, self.accelerator
         condition = unit_rms(state, decoder.config.norm_eps)
@@ -136,14 +136,15 @@ class TorchDrafter:
         best = logits.topk(_CANDIDATES)
         weights = (best.values - best.values[0]).exp()
         total = (logits - best.values[0]).exp().sum(0, keepdim=True)
-        return torch.cat((best.indices.float(), weights, total)), rows[0, :1], exit_state
+        return torch.cat((best.indices.float(), weights, total, best.values[:1])), rows[0, :1], exit_state
 
     def _drafted(
-        self, best: Tensor, slow_state: Tensor, exit_state: Tensor, position: int, rank: Rank, least: float
+        self, best: Tensor, slow_state: Tensor, exit_state: Tensor, rank: Rank, least: float
     ) -> Draft:
         found = best.cpu().numpy()
         tokens = self._vocab[found[:_CANDIDATES].astype(np.int64)]
-        (token, confidence), *others = rank(tokens, found[_CANDIDATES:-1], float(found[-1]), position, least)
+        candidates = Candidates(tokens, found[_CANDIDATES:-2], float(found[-2]), float(found[-1]))
+        (token, confidence), *others = rank(candidates, least)
         return Draft(token, confidence, slow_state, exit_state, tuple(others))
 
     def _layer(self, index: int, rows: Tensor, here: Tensor, cache: KVCache, slots: int) -> Tensor:
@@ -200,7 +201,7 @@ class GraphDrafter(TorchDrafter):
 
         inputs = self.embed(token), state, position
         best, slow_state, exit_state = self._graphs.run(cache, ("draft", id(self), slots), compute, *inputs)
-        return self._drafted(best, slow_state.clone(), exit_state.clone(), position + 1, rank, least)
+        return self._drafted(best, slow_state.clone(), exit_state.clone(), rank, least)
 
 
 def whole_blocks(draft_vocab: Tensor) -> Tensor:
