@@ -32,6 +32,7 @@ from engine.requests import SamplingParams
 _LEAST = (1e-3, 1e-5)  # of the best token's weight: above it lies nearly always as much as top-p asks for
 # Tokens from the first weight on draw their own times, the others one together; if those are too many, from the second.
 _ALONE, _FEWER, _MANY = 1e-6, 1e-3, 4096
+_NEGLIGIBLE = 1e-7  # of the best token's weight: tokens below change a nucleus hardly ever
 _LIKELY = 0.02  # of the best token's weight: others are not drafted
 _HANDFUL, _MOST = 16, 256  # likely tokens for which Python's own numbers are quicker; that are looked at
 _WORD = (1 << 64) - 1
@@ -71,8 +72,10 @@ class Sampler:
         if not self._filters:
             return self._first(scores, position)
         tokens, weights = self._kept(scores)
+        if len(tokens) == 1:
+            return int(tokens[0])
         with np.errstate(divide="ignore"):
-            times = self.times(tokens, position) / weights
+            times = self._times(tokens, position) / weights
         return int(tokens[times.argmin()])
 
     def ranking(self, history: Sequence[int], drafted: Sequence[int]) -> Rank:
@@ -111,10 +114,7 @@ class Sampler:
         if len(places) > _MOST:  # at high temperatures most are likely
             places = places[np.argpartition(-weights[places], _MOST)[:_MOST]]
         likely = tokens[places]
-        if len(places) > _HANDFUL:
-            times = self.times(likely, position).tolist()
-        else:
-            times = [self._time(token, position) for token in likely.tolist()]
+        times = self._times(likely, position).tolist()
         arrivals = zip(weights[places].tolist(), times, likely.tolist(), strict=True)
         speeds = [(weight ** (1 / temperature) / time, token) for weight, time, token in arrivals]
         speeds.sort(reverse=True)
@@ -156,16 +156,24 @@ class Sampler:
                 return self.sample(weights, math.exp(-self._time(size + 1, position)))
         return int(head[first])
 
-    def _likely(self, scores: Floats) -> tuple[Tokens, Floats, float]:
+    def _likely(
+        self, scores: Floats, bounds: Sequence[float] = (_ALONE, _FEWER)
+    ) -> tuple[Tokens, Floats, float]:
         """The tokens that are not nearly impossible, their weights (the best one's 1), and what all others weigh at
-        most."""
+        most: each the first of the ``bounds`` that leaves few tokens, or the last."""
         temperature, best = self.params.temperature, _finite(float(scores.max()))
-        for least in (_ALONE, _FEWER):
+        for least in bounds:
             head = (scores >= best + temperature * math.log(least)).nonzero()[0]
             if len(head) <= _MANY:
                 break
         weights = np.exp((scores[head].astype(np.float64) - best) / temperature)
         return head, weights, least * (len(scores) - len(head))
+
+    def _times(self, tokens: Tokens, position: int) -> Floats:
+        """As :meth:`times`, quicker for a handful of tokens."""
+        if len(tokens) > _HANDFUL:
+            return self.times(tokens, position)
+        return np.array([self._time(token, position) for token in tokens.tolist()])
 
     def _time(self, token: int, position: int) -> float:
         """As :meth:`times`, of one token: Python's own numbers are quicker then."""
@@ -230,6 +238,8 @@ class Sampler:
     def _kept(self, scores: Floats) -> tuple[Tokens, Floats]:
         """The tokens that may be drawn and their weights, of any total."""
         params, size = self.params, len(scores)
+        if params.top_p < 1 and not 0 < params.top_k < size and (found := self._nucleus(scores)):
+            return self._above_min_p(*found)
         weights = self._all_weights(scores)
         tokens = None
         if 0 < params.top_k < size:
@@ -245,9 +255,25 @@ class Sampler:
         if tokens is None:
             _total(weights)
             tokens = np.arange(size)
-        weights = weights[tokens]
-        if params.min_p > 0:
-            weights = weights * (weights >= params.min_p * weights.max())
+        return self._above_min_p(tokens, weights[tokens])
+
+    def _nucleus(self, scores: Floats) -> tuple[Tokens, Floats] | None:
+        """What top-p keeps, without a look at each token of the vocabulary; None where that cannot be told so."""
+        tokens, weights, others = self._likely(scores, (_NEGLIGIBLE,))
+        least = self.params.top_p * float(weights.sum())
+        most = least + self.params.top_p * others
+        head = _head(weights, most)
+        head = head[np.argsort(-weights[head], kind="stable")]
+        tokens, weights = tokens[head], weights[head]
+        sums = weights.cumsum()
+        count = int(np.searchsorted(sums, least)) + 1  # whose mass before them is below
+        if count > len(sums) or sums[count - 1] < most:
+            return None
+        return tokens[:count], weights[:count]
+
+    def _above_min_p(self, tokens: Tokens, weights: Floats) -> tuple[Tokens, Floats]:
+        if self.params.min_p > 0:
+            weights = weights * (weights >= self.params.min_p * weights.max())
         return tokens, weights
 
 
