@@ -22,7 +22,7 @@ class Preferences:
     top_p: float = 0.95
     top_k: int = 0
     min_p: float = 0.0
-    repetition_penalty: float = 1.1
+    repetition_penalty: float = 1.05
     seed: int | None = None
     max_new_tokens: int = 1024
     method: str = ""  # acceleration where the model has it

@@ -81,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--baseline", help="lane that ratios refer to (last peer, or first lane)")
     bench.add_argument("--threads", type=int, default=None)
     bench.add_argument("--temperature", type=float, default=0.0)
+    bench.add_argument("--top-p", type=float, default=1.0)
+    bench.add_argument("--repetition-penalty", type=float, default=1.0)
     bench.add_argument("--json", default=None, metavar="FILE", help="report, written after every prompt")
     bench.add_argument("--resume", action="store_true", help="go on with the report given by --json")
 

@@ -94,7 +94,7 @@ def test_results_do_not_depend_on_how_many_take_part(pause: float):
     for whim in (None, Whim(3, 1, 2, 1, 1, 3, 2)):
         stepper = make_fused_stepper(decoder, num_threads=3)
         if whim is not None:
-            stepper.team._crowding = whim
+            stepper.team.crowding = whim
         cache = decoder.new_cache(256)
         logits = []
         for step in range(60):
@@ -116,8 +116,8 @@ def test_results_do_not_depend_on_how_many_take_part(pause: float):
 def test_who_is_left_out_sleeps():
     decoder = make_decoder("int4", **PLAIN)
     stepper = make_fused_stepper(decoder, num_threads=2)
-    stepper.team._crowding = Whim(1)
-    stepper.team._crowding.threads = 2
+    stepper.team.crowding = Whim(1)
+    stepper.team.crowding.threads = 2
     cache = decoder.new_cache(64)
     stepper.forward([1], cache)
     (worker,) = stepper.team._workers

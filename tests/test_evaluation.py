@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 
 from engine.errors import InvalidRequestError
-from engine.evaluation import row_costs
+from engine.evaluation import busy_cores, row_costs
 from engine.evaluation.core_distance import CoreDistance
 from engine.evaluation.peers import SlipstreamLane, TransformersLane
 from engine.evaluation.runner import BenchSettings, load_samples, run_turns, save_report
 from engine.evaluation.statistics import Sample, balanced_order, quantile, summarise
 from engine.evaluation.suites import Prompt, load_prompts, suite_path
 from engine.hardware import usable_threads
+from engine.requests import SamplingParams
 from tests import tiny
 
+GREEDY = SamplingParams(seed=0)
 SETTINGS = BenchSettings("model", "suite", 4, 1, 0.0)
 
 
@@ -102,9 +104,27 @@ def test_report_round_trip_and_other_settings(tmp_path: Path) -> None:
     report = {"settings": asdict(SETTINGS), "samples": {"a": {"1": asdict(sample(10))}}}
     save_report(path, report)
     assert load_samples(path, SETTINGS) == stored
+    older = {
+        name: value for name, value in asdict(SETTINGS).items() if name not in ("top_p", "repetition_penalty")
+    }
+    save_report(path, {**report, "settings": older})
+    assert load_samples(path, SETTINGS) == stored
     path.write_text(json.dumps({**report, "settings": {}}))
     with pytest.raises(InvalidRequestError, match="other settings"):
         load_samples(path, SETTINGS)
+
+
+def test_steps_beside_busy_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny.save_model(tmp_path / "tiny", max_position_embeddings=512))
+    target = tmp_path / "busy.json"
+    options = ["--busy", "0,1", "--turns", "2", "--seconds", "0.05", "--json", str(target)]
+    assert busy_cores.main(["--model", model, "--format", "fp32", *options]) == 0
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["busy processes"] for row in rows] == [0, 1]
+    for row in rows:
+        assert row["all threads"]["ratio"] == [1, 1, 1] and row["one thread"]["steps_per_second"] > 0
+    assert busy_cores.main(["--model", str(tmp_path / "none.gguf"), *options]) == 1
+    assert "Error" in capsys.readouterr().err
 
 
 def test_row_costs_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +145,7 @@ def test_row_costs_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_lanes_end_where_the_model_ends_its_answer(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / "tiny")
-    whole = SlipstreamLane(str(folder), "fp32", "plain", 1).generate([5, 9, 11], 12, 0.0, 0, True)
+    whole = SlipstreamLane(str(folder), "fp32", "plain", 1).generate([5, 9, 11], 12, GREEDY, True)
     tokens = whole["token_ids"]
     assert len(tokens) == 12
     end = tokens[4]
@@ -133,10 +153,10 @@ def test_lanes_end_where_the_model_ends_its_answer(tmp_path: Path) -> None:
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": end}))
     lane, peer = SlipstreamLane(str(folder), "fp32", "plain", 1), TransformersLane(str(folder), 1)
     for each in (lane, peer):
-        answer = each.generate([5, 9, 11], 12, 0.0, 0, False)["token_ids"]
+        answer = each.generate([5, 9, 11], 12, GREEDY, False)["token_ids"]
         assert answer[-1] == end and end not in answer[:-1]
-        assert len(each.generate([5, 9, 11], 12, 0.0, 0, True)["token_ids"]) == 12
-    assert lane.generate([5, 9, 11], 12, 0.0, 0, False)["token_ids"] == tokens[: tokens.index(end) + 1]
+        assert len(each.generate([5, 9, 11], 12, GREEDY, True)["token_ids"]) == 12
+    assert lane.generate([5, 9, 11], 12, GREEDY, False)["token_ids"] == tokens[: tokens.index(end) + 1]
 
 
 def test_the_distance_of_cores_is_measured_where_there_are_two() -> None:

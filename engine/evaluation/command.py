@@ -23,6 +23,7 @@ from engine.evaluation.runner import (
 )
 from engine.evaluation.suites import Prompt, load_prompts, suite_path
 from engine.progress import format_seconds
+from engine.requests import SamplingParams
 
 PEERS = ("transformers", "llama.cpp")
 
@@ -66,8 +67,9 @@ def bench(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InvalidRequestError(f"--{name.replace('_', '-')} must be at least 1, not {value}.")
-    if arguments.temperature < 0:
-        raise InvalidRequestError("--temperature must not be negative.")
+    SamplingParams(
+        arguments.temperature, top_p=arguments.top_p, repetition_penalty=arguments.repetition_penalty
+    )  # says what is wrong with them
     if arguments.resume and not arguments.json:
         raise InvalidRequestError("--resume needs the report to go on with: give it by --json FILE.")
     source = arguments.model or DEFAULT_MODEL
@@ -76,8 +78,9 @@ def bench(arguments: argparse.Namespace) -> int:
     suite = path.stem if arguments.prompts else arguments.suite
     threads = arguments.threads or usable_threads()
     settings = BenchSettings(
-        source, suite, arguments.max_tokens, threads, arguments.temperature, arguments.ignore_eos
-    )
+        source, suite, arguments.max_tokens, threads, arguments.temperature, arguments.ignore_eos,
+        arguments.top_p, arguments.repetition_penalty,
+    )  # fmt: skip
     specs = lane_specs(arguments, source, threads)
     baseline = pick_baseline(specs, arguments.baseline)
     target = Path(arguments.json) if arguments.json else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import SlipstreamError, UnsupportedModelError
+from engine.requests import SamplingParams
 
 
 class Lane(Protocol):
@@ -25,7 +26,7 @@ class Lane(Protocol):
         ...
 
     def generate(
-        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+        self, ids: list[int], max_tokens: int, sampling: SamplingParams, ignore_eos: bool
     ) -> dict[str, Any]:
         """Up to ``max_tokens`` tokens, or exactly as many, whatever they end: the fields of a
         :class:`~engine.evaluation.statistics.Sample`."""
@@ -85,13 +86,13 @@ class SlipstreamLane:
         return self.session.encode_chat([Message("user", text)])
 
     def generate(
-        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+        self, ids: list[int], max_tokens: int, sampling: SamplingParams, ignore_eos: bool
     ) -> dict[str, Any]:
-        from engine.requests import GenerationRequest, SamplingParams
+        from engine.requests import GenerationRequest
 
         request = GenerationRequest(
             prompt_ids=ids,
-            sampling=SamplingParams(temperature=temperature, seed=seed),
+            sampling=sampling,
             max_new_tokens=max_tokens,
             method=self.method,
             ignore_eos=ignore_eos,
@@ -140,17 +141,18 @@ class LlamaCppLane:
         }
 
     def generate(
-        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+        self, ids: list[int], max_tokens: int, sampling: SamplingParams, ignore_eos: bool
     ) -> dict[str, Any]:
         self.model.reset()
-        self.model.set_seed(seed)
+        self.model.set_seed(sampling.seed or 0)
         tokens: list[int] = []
         marks: list[float] = []
         started = time.perf_counter()
-        # Only the temperature shapes the distribution: the other filters are on by default there.
+        # All are named: most filters are on by default there. (Its repetition penalty looks at the last 64 tokens.)
         stream = self.model.generate(
-            ids, temp=temperature, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, reset=False
-        )
+            ids, temp=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p,
+            repeat_penalty=sampling.repetition_penalty, reset=False,
+        )  # fmt: skip
         for token in stream:
             marks.append(time.perf_counter())
             tokens.append(int(token))
@@ -190,7 +192,7 @@ class TransformersLane:
         }
 
     def generate(
-        self, ids: list[int], max_tokens: int, temperature: float, seed: int, ignore_eos: bool
+        self, ids: list[int], max_tokens: int, sampling: SamplingParams, ignore_eos: bool
     ) -> dict[str, Any]:
         import torch
         from transformers import StoppingCriteriaList
@@ -201,8 +203,11 @@ class TransformersLane:
             marks.append(time.perf_counter())
             return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
 
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        torch.manual_seed(sampling.seed or 0)
+        settings: dict[str, Any] = {"do_sample": False, "repetition_penalty": sampling.repetition_penalty}
+        if not sampling.greedy:
+            settings |= {"do_sample": True, "temperature": sampling.temperature}
+            settings |= {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
         prompt = torch.tensor([ids], device=self.model.device)
         started = time.perf_counter()
         with torch.inference_mode():
@@ -212,7 +217,7 @@ class TransformersLane:
                 max_new_tokens=max_tokens,
                 eos_token_id=None if ignore_eos else self._ends,
                 stopping_criteria=StoppingCriteriaList([note_time]),
-                **({"do_sample": False} | sampling),
+                **settings,
             )
         return timed(output[0, len(ids) :].tolist(), started, marks)
 

@@ -69,7 +69,7 @@ def _reports(folder: Path) -> list[Path]:
 def _summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows, settings = report["rows"], report["settings"]
     what = [_model(rows), f"{settings['suite']}, {rows[0]['num_prompts']} of {_length(settings)} tokens"]
-    what[1] += f", {_sampling(settings)}" if settings["temperature"] else ""
+    what[1] += f", {_sampling(settings)}" if _sampling(settings) != "greedy" else ""
     what[1] += f", {_where(report)}" if _on_gpu(rows) else _apart(report)
     ours, found = [row for row in rows if not row["peer"]], []
     for weights in dict.fromkeys(row["format"] for row in ours):
@@ -113,7 +113,10 @@ def _length(settings: Mapping[str, Any]) -> str:
 
 
 def _sampling(settings: Mapping[str, Any]) -> str:
-    return f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
+    found = [f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"]
+    found += [f"top-p {settings['top_p']:g}"] if settings.get("top_p", 1.0) < 1 else []
+    penalty = settings.get("repetition_penalty", 1.0)
+    return ", ".join([*found, f"repetition penalty {penalty:g}"] if penalty != 1.0 else found)
 
 
 def _on_gpu(rows: Sequence[Mapping[str, Any]]) -> bool:

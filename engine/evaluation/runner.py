@@ -25,6 +25,7 @@ from engine.evaluation.suites import Prompt
 PAUSE = 0.05  # seconds between turns: GNU OpenMP's threads spin some milliseconds after their last work
 WARM_UP_TOKENS = 16
 ROOT = Path(__file__).resolve().parents[2]
+_ADDED = {"top_p": 1.0, "repetition_penalty": 1.0}  # settings that older reports do not name
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class BenchSettings:
     threads: int
     temperature: float
     ignore_eos: bool = False  # every answer has max_tokens, wherever the model would have ended it
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
 
 class Worker:
@@ -114,8 +117,11 @@ class Worker:
 
     def answer(self, ids: Sequence[int], settings: BenchSettings, seed: int) -> Sample:
         """One prompt, up to ``max_tokens`` new tokens."""
-        names = ("max_tokens", "temperature", "ignore_eos")
-        message = {"ids": list(ids), "seed": seed, **{name: getattr(settings, name) for name in names}}
+        names = ("temperature", "top_p", "repetition_penalty")
+        sampling = {"seed": seed, **{name: getattr(settings, name) for name in names}}
+        message = {
+            "ids": list(ids), "max_tokens": settings.max_tokens, "ignore_eos": settings.ignore_eos, "sampling": sampling,
+        }  # fmt: skip
         fields = self.ask(message)["sample"]
         return Sample(**{**fields, "token_ids": tuple(fields["token_ids"])})
 
@@ -229,7 +235,7 @@ def load_samples(path: Path, settings: BenchSettings) -> Samples:
         return {}
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        stored, earlier = report["samples"], report["settings"]
+        stored, earlier = report["samples"], {**_ADDED, **report["settings"]}
     except (ValueError, KeyError, TypeError):
         raise InvalidRequestError(f"{path} is not a report of this command; choose another file.") from None
     if earlier != asdict(settings):

@@ -13,13 +13,15 @@ from typing import Any
 
 from engine.errors import SlipstreamError
 from engine.evaluation.peers import Lane, build_lane
+from engine.requests import SamplingParams
 
 
 def answer(lane: Lane, message: dict[str, Any]) -> dict[str, Any]:
     """Reply to one message."""
     if "encode" in message:
         return {"ids": lane.encode(message["encode"])}  # type: ignore[attr-defined]
-    return {"sample": lane.generate(**message), "peak_memory_mb": lane.peak_memory_mb()}
+    sampling = SamplingParams(**message.pop("sampling"))
+    return {"sample": lane.generate(sampling=sampling, **message), "peak_memory_mb": lane.peak_memory_mb()}
 
 
 def main() -> None:

@@ -34,6 +34,10 @@ class Team:
 
     Args:
         patience: spins of about 25 ns, after which a worker without a command sleeps.
+
+    Attributes:
+        control: the control block.
+        crowding: says how many of the threads run the next command.
     """
 
     def __init__(self, num_threads: int, kinds: Kinds, patience: int = PATIENCE) -> None:
@@ -43,7 +47,7 @@ class Team:
         self._fields = self.control.data  # of single fields it takes values sooner
         self.control[fields.THREADS] = num_threads
         self._program = load_program(kinds)
-        self._crowding = Crowding(num_threads)
+        self.crowding = Crowding(num_threads)
         self._held_up = [
             fields.RANKS + rank * fields.RANK_FIELDS + fields.HELD_UP for rank in range(num_threads)
         ]
@@ -62,8 +66,8 @@ class Team:
         with self._lock:
             self._start_workers()
             control = self._fields
-            if control[fields.THREADS] != self._crowding.threads:
-                control[fields.THREADS] = self._take_part(control[fields.THREADS], self._crowding.threads)
+            if control[fields.THREADS] != self.crowding.threads:
+                control[fields.THREADS] = self._take_part(control[fields.THREADS], self.crowding.threads)
             for field, value in values.items():
                 control[field] = value
             control[fields.COMMAND] = command
@@ -75,7 +79,7 @@ class Team:
                 self._program.work(self.address, 0, 0)
             before, self._lost = self._lost, max([control[field] for field in self._held_up])
             share = (self._lost - before) / max(1, control[fields.TOOK])
-            self._crowding.observe(perf_counter() - started, share)
+            self.crowding.observe(perf_counter() - started, share)
 
     def copy_slot(self, layers: int, source: int, target: int) -> None:
         """Have the caches of the first ``layers`` layers hold in slot ``target`` what they hold in ``source``."""
