@@ -34,20 +34,26 @@ class Team:
 
     Args:
         patience: spins of about 25 ns, after which a worker without a command sleeps.
+        crowding: says how many of the threads run the next command.
 
     Attributes:
         control: the control block.
-        crowding: says how many of the threads run the next command.
     """
 
-    def __init__(self, num_threads: int, kinds: Kinds, patience: int = PATIENCE) -> None:
+    def __init__(
+        self,
+        num_threads: int,
+        kinds: Kinds,
+        patience: int = PATIENCE,
+        crowding: type[Crowding] = Crowding,
+    ) -> None:
         self.num_threads, self._patience = num_threads, patience
         self.control = _aligned(fields.RANKS + fields.RANK_FIELDS * num_threads)
         self.address = self.control.ctypes.data
         self._fields = self.control.data  # of single fields it takes values sooner
         self.control[fields.THREADS] = num_threads
         self._program = load_program(kinds)
-        self.crowding = Crowding(num_threads)
+        self.crowding = crowding(num_threads)
         self._held_up = [
             fields.RANKS + rank * fields.RANK_FIELDS + fields.HELD_UP for rank in range(num_threads)
         ]
@@ -57,7 +63,7 @@ class Team:
         self._pid = os.getpid()
         _teams.add(self)
 
-    def run(self, command: int, values: dict[int, int], meanwhile: Callable[[], None] = lambda: None) -> None:
+    def run(self, command: int, values: dict[int, int], meanwhile: Callable[[], None] | None = None) -> None:
         """Fill the control block and run ``command`` on all threads; returns when it is done.
 
         Args:
@@ -74,7 +80,8 @@ class Team:
             started = perf_counter()
             self._publish()
             try:
-                meanwhile()
+                if meanwhile is not None:
+                    meanwhile()
             finally:
                 self._program.work(self.address, 0, 0)
             before, self._lost = self._lost, max([control[field] for field in self._held_up])
