@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from time import monotonic, sleep
@@ -125,7 +126,7 @@ def _stream(
     answering.attach(generation)
     text, spans, experts = "", _Spans(), None
     metrics, watch = generation.metrics, ExpertWatch(session)
-    shown, seen_tokens, seen_seconds = monotonic(), 0, 0.0
+    shown, seen_tokens, seen_seconds = -math.inf, 0, 0.0  # the first token is shown at once
     for step in generation:
         text += step.text
         spans.add(step.pieces)

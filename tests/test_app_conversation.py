@@ -84,6 +84,12 @@ def test_the_question_is_stored_before_the_first_token(store: ChatStore, chat: i
     answer.close()
 
 
+def test_the_first_token_is_shown_at_once(store: ChatStore, chat: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("app.conversation.UPDATE_SECONDS", 3600)
+    updates = list(ask(ready_host(FakeSession(words=["one ", "two ", "three"])), store, chat))
+    assert [text for text in texts(updates) if text] == ["one ", "one two three"]
+
+
 def test_stop_keeps_what_was_written(store: ChatStore, chat: int):
     host = ready_host(FakeSession(words=["one "] * 1000))
     answer = ask(host, store, chat)

@@ -41,7 +41,7 @@ def _work(control: int, own: int, rank: int, phases: int, slow: int, done: int, 
 
 def _run(num_threads: int, phases: int, slow: int) -> tuple[np.ndarray, np.ndarray]:
     control = np.zeros(fields.RANKS + fields.RANK_FIELDS * num_threads, np.int64)
-    control[fields.THREADS] = num_threads
+    control[fields.RANKS + fields.CREW :: fields.RANK_FIELDS] = num_threads
     done = np.zeros((phases or 1, _MOST + 2), np.int64)
     address = control.ctypes.data
 

@@ -129,3 +129,15 @@ def test_who_is_left_out_sleeps():
         stepper.forward([1], cache)
         assert worker.parked
     stepper.close()
+
+
+def test_it_can_be_closed_whoever_is_left_out():
+    """Also while others are on their way out of the last command."""
+    stepper = make_fused_stepper(make_decoder("int4", **PLAIN), num_threads=3)
+    stepper.team.crowding = Whim(3, 2, 3, 2, 1, 2)
+    cache = stepper.decoder.new_cache(64)
+    for turn in range(300):
+        for _ in range(1 + turn % 5):
+            stepper.forward([1], cache)
+        stepper.close()
+        assert stepper.team.crowding.threads in (1, 2, 3)

@@ -6,6 +6,9 @@ done as well. Each task writes its own outputs, so who ran it leaves no trace in
 
 What one thread writes and another reads travels from cache to cache, which takes 40 to 200 ns where we measured it. So a thread says that it
 has arrived in a cache line of its own, which nobody else writes, and its tickets are left alone as long as it is in time.
+
+How many threads a command is for (``CREW``) each keeps for itself: while one is still on its way out of the last phase, the
+caller may write the next command.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from numba import njit
 
 from engine.kernels.control import (
     ARRIVED,
+    CREW,
     GUEST,
     HELD_UP,
     HELPED,
@@ -24,7 +28,6 @@ from engine.kernels.control import (
     RANK_FIELDS,
     RANKS,
     SINCE,
-    THREADS,
     TICKETS,
 )
 from engine.kernels.intrinsics import (
@@ -52,7 +55,7 @@ def wait(control: int, own: int) -> None:
     phase, spins = get_i64(own + 8 * PHASE), 0
     if get_i64(own + 8 * ARRIVED) <= phase:
         _arrive(own, phase)
-    for rank in range(get_i64(control + 8 * THREADS)):
+    for rank in range(get_i64(own + 8 * CREW)):
         while atomic_get(control + 8 * (RANKS + rank * RANK_FIELDS + ARRIVED)) <= phase:
             spins = _rest(own, spins)
     _count_lost(own, spins)
@@ -62,7 +65,7 @@ def wait(control: int, own: int) -> None:
 @njit(nogil=True, error_model="numpy")
 def take(control: int, own: int, tasks: int) -> int:
     """The next of this phase's ``tasks``; -1 when all are done, by all threads, and have to be waited for no more."""
-    threads, phase, spins = get_i64(control + 8 * THREADS), get_i64(own + 8 * PHASE), 0
+    threads, phase, spins = get_i64(own + 8 * CREW), get_i64(own + 8 * PHASE), 0
     rank = (own - control - 8 * RANKS) // (8 * RANK_FIELDS)
     if get_i64(own + 8 * GUEST) != 0:  # the task before was another thread's
         atomic_add(get_i64(own + 8 * GUEST), 1)

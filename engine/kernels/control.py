@@ -32,16 +32,16 @@ KEPT_LAYERS = 107  # the first so many, which draft steps read too
 MIXED, MIXED_ROUNDED, MIXED_EXTRAS, ACT_ROUNDED, ACT_EXTRAS = range(108, 113)
 TOOK = 113  # ticks, rank 0 for the last command
 RANKS = 120  # per thread RANK_FIELDS
-RANK_FIELDS = 40
+RANK_FIELDS = 48
 (
-    PHASE, SEEN, MINE, OWED, GUEST, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,
+    PHASE, SEEN, CREW, MINE, OWED, GUEST, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,
     OWN_PAIR, OWN_LOGITS, OWN_ROWS, OWN_POSITIONS, OWN_SLOTS, OWN_QUERIES, OWN_LOW_ROUNDED, OWN_LOW_EXTRAS,
     OWN_FACTORS,
-) = range(22)  # fmt: skip
+) = range(23)  # fmt: skip
 # Ticks that it has spent in long waits for others, and when the present one became long.
-HELD_UP, SINCE = 22, 23
-TICKETS, HELPED = 24, 25  # what other threads write as well, when they help
-ARRIVED = 32  # at the end of how many phases: what they wait for
+HELD_UP, SINCE = 23, 24
+TICKETS, HELPED = 32, 33  # what other threads write as well, when they help
+ARRIVED = 40  # at the end of how many phases: what they wait for
 RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 8)
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.

@@ -12,6 +12,7 @@ from engine.kernels.barrier import SPINS
 from engine.kernels.control import (
     CAPACITY,
     COMMAND,
+    CREW,
     HEAD_DIM,
     KEYS,
     KV_HEADS,
@@ -100,9 +101,12 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
                 put_i64(own + 8 * SEEN, sequence)
                 if rank >= sequence % MOST_THREADS:
                     break
+                put_i64(own + 8 * CREW, sequence % MOST_THREADS)
                 if get_i64(control + 8 * COMMAND) == STOP:
                     put_i64(own + 8 * SEEN, -1)
                     break
+            else:
+                put_i64(own + 8 * CREW, get_i64(control + 8 * THREADS))
             began = ticks()
             use_rows(control, own, 0, get_i64(control + 8 * ROWS))
             run(tag, kv, head, draft, kv_size, control, own, rank)
