@@ -274,6 +274,13 @@ def test_drafts_are_penalized_as_the_models_choice_will_be(seed, penalty, temper
     assert [chance for _, chance in got] == pytest.approx([chance for _, chance in expected], rel=1e-3)
 
 
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_drafts_of_extreme_penalties_stay_numbers(penalty):
+    candidates = Candidates(np.array([3, 1, 2]), np.array([1.0, 0.5, 0.0], np.float32), 1.5, 20.0)
+    ranked = Sampler(SamplingParams(repetition_penalty=penalty)).ranking([1, 2], [])(candidates, 0.0)
+    assert ranked[0][0] == (1 if penalty < 1 else 3) and 0 < ranked[0][1] <= 1.01
+
+
 def test_what_a_growing_text_holds():
     seen, text = SeenTokens(), [5, 3, 5]
     seen.follow(text, 10)

@@ -33,6 +33,7 @@ _LEAST = (1e-3, 1e-5)  # of the best token's weight: above it lies nearly always
 # Tokens from the first weight on draw their own times, the others one together; if those are too many, from the second.
 _ALONE, _FEWER, _MANY = 1e-6, 1e-3, 4096
 _NEGLIGIBLE = 1e-7  # of the best token's weight: tokens below change a nucleus hardly ever
+_HIGHEST = 80.0  # logits that a penalty below 1 may raise a draft's by: its power of e is still a float32
 _LIKELY = 0.02  # of the best token's weight: others are not drafted
 _HANDFUL, _MOST = 16, 256  # likely tokens for which Python's own numbers are quicker; that are looked at
 _WORD = (1 << 64) - 1
@@ -100,7 +101,9 @@ class Sampler:
         mask[new] = False
         weights = found.weights
         before = weights[seen]
-        after = np.exp(self._penalize(np.log(before) + found.best) - found.best)
+        with np.errstate(divide="ignore"):
+            logits = self._penalize(np.log(before) + found.best)
+        after = np.exp(np.minimum(logits - found.best, _HIGHEST))
         weights[seen] = after
         best = float(weights.max())
         weights /= best
