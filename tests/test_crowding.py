@@ -105,9 +105,7 @@ def test_results_do_not_depend_on_how_many_take_part(pause: float):
         results.append(torch.stack(logits))
         workers = list(stepper.team._workers)
         stepper.close()
-        assert torch.equal(
-            stepper.forward([9, 4], cache)[1], stepper.forward([9, 4], cache)[1]
-        )  # it begins anew
+        results[-1] = torch.cat((results[-1], stepper.forward([9, 4], cache)[1][None]))  # it begins anew
         stepper.close()
         assert not any(worker.thread.is_alive() for worker in workers)
     assert torch.equal(*results)
@@ -139,5 +137,6 @@ def test_it_can_be_closed_whoever_is_left_out():
     for turn in range(300):
         for _ in range(1 + turn % 5):
             stepper.forward([1], cache)
+        workers = list(stepper.team._workers)
         stepper.close()
-        assert stepper.team.crowding.threads in (1, 2, 3)
+        assert not any(worker.thread.is_alive() for worker in workers)

@@ -22,7 +22,7 @@ from engine import hub
 from engine.atomic import replacing
 from engine.errors import SlipstreamError, UnsupportedModelError
 from engine.hardware import machine, usable_threads
-from engine.kernels.crowding import AllThreads, Crowding
+from engine.kernels.crowding import Crowding
 from engine.models.loader import load_decoder
 from engine.models.stepper import make_stepper
 from engine.threads import set_threads, use_threads
@@ -68,8 +68,8 @@ class _Steps:
             stepper.prefill([number % decoder.config.vocab_size for number in range(_CONTEXT)], self._cache)
         self._ways = {
             "as many as are worth it": Crowding(threads),
-            "all threads": AllThreads(threads),
-            "one thread": AllThreads(1),
+            "all threads": None,
+            "one thread": Crowding(1),
         }
 
     def compare(self, busy: int, turns: int, seconds: float) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def fill_findings(findings: str, folder: Path) -> str:
         ("bench tables", bench_tables(folder)),
         ("expert tables", experts),
         ("scale table", scale_table(_read(folder / "scale.json"))),
+        ("busy table", busy_table(_read(folder / "busy-cores.json"))),
     ):
         findings = _between(findings, f"<!-- {name} -->\n", table, f"<!-- end of {name} -->")
     return findings
@@ -52,6 +53,19 @@ def _read(path: Path) -> Any:
 def bench_tables(folder: Path) -> str:
     """A heading and a table for each ``bench-*.json``, by name."""
     return "".join(_report(path) for path in _reports(folder))
+
+
+def busy_table(report: Mapping[str, Any]) -> str:
+    """Steps per second beside so many busy processes, with the quartiles of the ratios to all threads."""
+    ways = [name for name in report["rows"][0] if name != "busy processes"]
+    lines = [["busy processes", *ways], ["---"] * (1 + len(ways))]
+    for row in report["rows"]:
+        found = [(row[name]["steps_per_second"], *row[name]["ratio"]) for name in ways]
+        told = [
+            f"{rate:.0f}, **{middle:.2f}** ({low:.2f} to {high:.2f})" for rate, low, middle, high in found
+        ]
+        lines.append([str(row["busy processes"]), *told])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def summary(folder: Path) -> str:

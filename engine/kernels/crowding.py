@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter
 
-_WINDOW = (
-    0.008  # seconds of work after which it is judged: twice what a system lets a program have a core for
-)
+_WINDOW = 0.008  # seconds of work to be judged by: a system lets a program have a core for half of that
 _WORTH = 0.8  # of its share of the work, what a thread may cost in waiting
 _SHORTEST, _LONGEST = 0.03, 1.0  # seconds without a thread: doubled each time that it is no use still
 
@@ -50,10 +48,3 @@ class Crowding:
     def _judge(self, threads: int, trying: bool) -> None:
         self.threads, self._trying = threads, trying
         self._worked = self._lost = 0.0
-
-
-class AllThreads(Crowding):
-    """Leaves nobody out, whatever is lost."""
-
-    def observe(self, seconds: float, lost: float) -> None:
-        pass

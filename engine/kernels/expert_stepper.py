@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from engine.kernels import control
-from engine.kernels.crowding import AllThreads
 from engine.kernels.stepper import MAX_ROWS, FusedStepper
 from engine.models.decoder import PREFILL_CHUNK, Decoder, LayerWeights
 from engine.models.feed_forward import FeedForward, MixtureOfExperts
@@ -72,7 +71,7 @@ class FusedExpertStepper(FusedStepper):
     experts in as many as it takes until all of them are in memory."""
 
     patience = 100_000  # about 2.5 ms: to wake a worker up behind every load that is waited for takes as long as the load
-    crowding = AllThreads  # its threads often wait for the caller, or take turns with those that load experts
+    shares_cores = False  # its threads often wait for the caller, or take turns with those that load experts
 
     def __init__(self, decoder: Decoder, num_threads: int) -> None:
         layers = range(decoder.config.num_layers)

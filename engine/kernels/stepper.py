@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from engine.kernels import control
-from engine.kernels.crowding import Crowding
 from engine.kernels.draft_layers import fits_int4
 from engine.kernels.linears import LinearTable
 from engine.kernels.native import Kinds
@@ -38,7 +37,7 @@ class FusedStepper:
     max_rows = MAX_ROWS
     takes_alternatives = True
     patience = PATIENCE
-    crowding = Crowding
+    shares_cores = True
 
     def __init__(self, decoder: Decoder, num_threads: int) -> None:
         self.decoder = decoder
@@ -59,7 +58,7 @@ class FusedStepper:
         layers = "uint32" if self.drafts_on_copies or self._kind == "uint8" else self._kind
         models = "dense" if decoder.config.experts is None else "experts"
         kinds = Kinds(self._kind, "float32" if self._wide else "uint16", head, layers, models)
-        self.team = Team(num_threads, kinds, self.patience, self.crowding)
+        self.team = Team(num_threads, kinds, self.patience, self.shares_cores)
         self._layers = np.zeros((len(decoder.layers), control.LAYER_FIELDS), np.int64)
         self._records = [self._layers]  # all that follow the cache
         for index, layer in enumerate(decoder.layers):

@@ -34,10 +34,11 @@ class Team:
 
     Args:
         patience: spins of about 25 ns, after which a worker without a command sleeps.
-        crowding: says how many of the threads run the next command.
+        shares_cores: whether threads are left out while others want their cores.
 
     Attributes:
         control: the control block.
+        crowding: says how many of the threads run the next command; None: all do.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Team:
         num_threads: int,
         kinds: Kinds,
         patience: int = PATIENCE,
-        crowding: type[Crowding] = Crowding,
+        shares_cores: bool = True,
     ) -> None:
         self.num_threads, self._patience = num_threads, patience
         self.control = _aligned(fields.RANKS + fields.RANK_FIELDS * num_threads)
@@ -53,7 +54,7 @@ class Team:
         self._fields = self.control.data  # of single fields it takes values sooner
         self.control[fields.THREADS] = num_threads
         self._program = load_program(kinds)
-        self.crowding = crowding(num_threads)
+        self.crowding = Crowding(num_threads) if shares_cores else None
         self._held_up = [
             fields.RANKS + rank * fields.RANK_FIELDS + fields.HELD_UP for rank in range(num_threads)
         ]
@@ -71,9 +72,10 @@ class Team:
         """
         with self._lock:
             self._start_workers()
-            control = self._fields
-            if control[fields.THREADS] != self.crowding.threads:
-                control[fields.THREADS] = self._take_part(control[fields.THREADS], self.crowding.threads)
+            control, crowding = self._fields, self.crowding
+            wanted = self.num_threads if crowding is None else crowding.threads
+            if control[fields.THREADS] != wanted:
+                control[fields.THREADS] = self._take_part(control[fields.THREADS], wanted)
             for field, value in values.items():
                 control[field] = value
             control[fields.COMMAND] = command
@@ -84,9 +86,10 @@ class Team:
                     meanwhile()
             finally:
                 self._program.work(self.address, 0, 0)
-            before, self._lost = self._lost, max([control[field] for field in self._held_up])
-            share = (self._lost - before) / max(1, control[fields.TOOK])
-            self.crowding.observe(perf_counter() - started, share)
+            if crowding is not None:
+                before, self._lost = self._lost, max([control[field] for field in self._held_up])
+                share = min(1.0, (self._lost - before) / max(1, control[fields.TOOK]))
+                crowding.observe(perf_counter() - started, share)
 
     def copy_slot(self, layers: int, source: int, target: int) -> None:
         """Have the caches of the first ``layers`` layers hold in slot ``target`` what they hold in ``source``."""
