@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.kernels import control, fused_unavailable, make_fused_stepper
 from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.adapters import describe_adapter
+from engine.kernels.intrinsics import streaming_locality
 from engine.kernels.tiles import has_pairs
 from engine.models.config import ModelConfig, RopeConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
@@ -418,3 +419,9 @@ def test_workers_end_with_the_program_and_survive_a_fork(fork: bool) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "done"
+
+
+def test_only_zen_reads_weights_past_the_last_level_cache() -> None:
+    zen = [name for name in ("znver3", "znver5", "alderlake", "rocketlake", "apple-m1", "generic", "") if
+           streaming_locality(name) != streaming_locality("sapphirerapids")]  # fmt: skip
+    assert zen == ["znver3", "znver5"]
