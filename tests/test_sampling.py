@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.decoding import sampling
 from engine.decoding.ranking import Candidates
 from engine.decoding.sampling import Sampler
 from engine.decoding.seen import SeenTokens
 from engine.errors import InvalidRequestError, SlipstreamError
 from engine.requests import SamplingParams
+
+
+@pytest.fixture(scope="module", params=["native", "numpy"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Everything here holds for both ways of choosing."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(sampling, "native_choice", lambda params: None)
+        yield
 
 
 def reference(logits: torch.Tensor, history: list[int], params: SamplingParams) -> list[float]:

@@ -18,8 +18,8 @@ class Candidates:
     """A draft distribution.
 
     Attributes:
-        tokens: that may be drafted, ``[N]``.
-        weights: theirs, ``[N]``, the largest 1. Who puts them in order may change them.
+        tokens: that may be drafted, int64 ``[N]``.
+        weights: theirs, float32 ``[N]``, the largest 1. Who puts them in order may change them.
         total: of the whole distribution's weights.
         best: the logit of the largest.
     """

@@ -10,8 +10,9 @@ the same times: where the draft distribution resembles the model's, the same tok
 random. The model's choice does not depend on the draft (drafter-invariant, as Daliri, Musco and Suresh call it, 2024,
 arXiv 2408.07978): every method gives the same text for a seed.
 
-All of it is numpy's work: behind a step that swept the caches, each little operation of torch's takes tens of
-microseconds, and a token of a small model takes two milliseconds.
+Logits in RAM are looked at by native code (:mod:`engine.kernels.choices`): behind a step that swept the caches, each little
+operation of torch's takes tens of microseconds, of numpy's several, and a token of a small model takes two milliseconds.
+What that leaves undecided, and all else, is numpy's work. Who chooses depends on the logits alone, never on the draft.
 """
 
 from __future__ import annotations
@@ -24,22 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.native_choice import native_choice
 from engine.decoding.ranking import MOST_OTHERS, Candidates, Floats, Rank, Ranked, Tokens, likeliest
 from engine.decoding.seen import SeenTokens
 from engine.errors import SlipstreamError
+from engine.kernels.choice_fields import ALONE, FEWER, LIKELY, MIX, MOST_ALONE, MOST_LIKELY, NEGLIGIBLE, STEP
 from engine.requests import SamplingParams
 
 _LEAST = (1e-3, 1e-5)  # of the best token's weight: above it lies nearly always as much as top-p asks for
-# Tokens from the first weight on draw their own times, the others one together; if those are too many, from the second.
-_ALONE, _FEWER, _MANY = 1e-6, 1e-3, 4096
-_NEGLIGIBLE = 1e-7  # of the best token's weight: tokens below change a nucleus hardly ever
 _HIGHEST = 80.0  # logits that a penalty below 1 may raise a draft's by: its power of e is still a float32
-_LIKELY = 0.02  # of the best token's weight: others are not drafted
-_HANDFUL, _MOST = 16, 256  # likely tokens for which Python's own numbers are quicker; that are looked at
+_HANDFUL = 16  # likely tokens for which Python's own numbers are quicker
 _WORD = (1 << 64) - 1
-# Of SplitMix64 (Steele, Lea and Flood 2014).
-_STEP = 0x9E3779B97F4A7C15
-_MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
 class Sampler:
@@ -53,11 +49,13 @@ class Sampler:
         self.params = params
         self.greedy = params.greedy
         self.seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 63)
-        self._key = _spread(self.seed * _STEP)
+        self._key = _spread(self.seed * STEP)
         # Weights of the whole vocabulary: new memory of that size comes from the system each time, page by page.
         self._weights: Floats = np.empty(0)
         self._scored: Floats = np.empty(0)
         self._seen = SeenTokens()
+        self._native = native_choice(params)
+        self._draft_tokens, self._reach = np.empty(0, np.int64), 0
 
     def choose(self, logits: Tensor, history: Sequence[int]) -> int:
         """The next token for ``logits [V]`` after the tokens ``history`` (prompt and answer): a list that is handed in again
@@ -66,6 +64,11 @@ class Sampler:
         Raises:
             SlipstreamError: the logits are not finite.
         """
+        if self._native is not None and self._native.takes(logits):
+            seen = self._seen_in(history, len(logits))
+            stream = 0 if self.greedy else self._stream(len(history))
+            if (token := self._native.choose(logits, stream, seen)) is not None:
+                return token
         scores = self._scores(logits, history)
         if self.greedy:
             return _best(scores)
@@ -84,13 +87,32 @@ class Sampler:
         tokens would be chosen if the draft distribution were the model's. The chances are guesses."""
 
         def rank(found: Candidates, least: float) -> Ranked:
+            position = len(history) + len(drafted)
+            if self._native is not None:
+                seen = self._seen_in(history, self._reach_of(found.tokens))
+                stream = 0 if self.greedy else self._stream(position)
+                if ranked := self._native.rank(found, least, stream, seen, drafted):
+                    return ranked
             if self.params.repetition_penalty != 1.0:
                 found = self._less_seen(found, history, drafted)
             if self.greedy:
                 return likeliest(found, least)
-            return self._arrivals(found, len(history) + len(drafted), least)
+            return self._arrivals(found, position, least)
 
         return rank
+
+    def _reach_of(self, tokens: Tokens) -> int:
+        """One more than the largest of a drafter's tokens: it has the same ones each time."""
+        if tokens is not self._draft_tokens:
+            self._draft_tokens, self._reach = tokens, int(tokens.max()) + 1
+        return self._reach
+
+    def _seen_in(self, history: Sequence[int], size: int) -> SeenTokens | None:
+        """What the repetition penalty asks for; None where there is no penalty."""
+        if self.params.repetition_penalty == 1.0:
+            return None
+        self._seen.follow(history, size)
+        return self._seen
 
     def _less_seen(self, found: Candidates, history: Sequence[int], drafted: Sequence[int]) -> Candidates:
         """After the repetition penalty."""
@@ -113,9 +135,9 @@ class Sampler:
     def _arrivals(self, found: Candidates, position: int, least: float) -> Ranked:
         """The tokens in the order in which they arrive."""
         tokens, weights, temperature = found.tokens, found.weights, self.params.temperature
-        places = (weights >= _LIKELY**temperature).nonzero()[0]
-        if len(places) > _MOST:  # at high temperatures most are likely
-            places = places[np.argpartition(-weights[places], _MOST)[:_MOST]]
+        places = (weights >= LIKELY**temperature).nonzero()[0]
+        if len(places) > MOST_LIKELY:  # at high temperatures most are likely
+            places = places[np.argpartition(-weights[places], MOST_LIKELY)[:MOST_LIKELY]]
         likely = tokens[places]
         times = self._times(likely, position).tolist()
         arrivals = zip(weights[places].tolist(), times, likely.tolist(), strict=True)
@@ -128,9 +150,9 @@ class Sampler:
     def times(self, tokens: Tokens, position: int) -> Floats:
         """When the tokens arrive at a position, exponentially distributed with mean 1: ``[N] -> [N]`` float64."""
         bits = tokens.astype(np.uint64)
-        bits *= np.uint64(_STEP)
+        bits *= np.uint64(STEP)
         bits += np.uint64(self._stream(position))
-        for shift, factor in zip((30, 27), _MIX, strict=True):  # as _spread
+        for shift, factor in MIX:  # as _spread
             bits ^= bits >> np.uint64(shift)
             bits *= np.uint64(factor)
         bits ^= bits >> np.uint64(31)
@@ -160,14 +182,14 @@ class Sampler:
         return int(head[first])
 
     def _likely(
-        self, scores: Floats, bounds: Sequence[float] = (_ALONE, _FEWER)
+        self, scores: Floats, bounds: Sequence[float] = (ALONE, FEWER)
     ) -> tuple[Tokens, Floats, float]:
         """The tokens that are not nearly impossible, their weights (the best one's 1), and what all others weigh at
         most: each the first of the ``bounds`` that leaves few tokens, or the last."""
         temperature, best = self.params.temperature, _finite(float(scores.max()))
         for least in bounds:
             head = (scores >= best + temperature * math.log(least)).nonzero()[0]
-            if len(head) <= _MANY:
+            if len(head) <= MOST_ALONE:
                 break
         weights = np.exp((scores[head].astype(np.float64) - best) / temperature)
         return head, weights, least * (len(scores) - len(head))
@@ -180,12 +202,12 @@ class Sampler:
 
     def _time(self, token: int, position: int) -> float:
         """As :meth:`times`, of one token: Python's own numbers are quicker then."""
-        bits = _spread(self._stream(position) + token * _STEP)
+        bits = _spread(self._stream(position) + token * STEP)
         return -math.log(((bits >> 12) + 0.5) * 2.0**-52)
 
     def _stream(self, position: int) -> int:
         """Where the random numbers of a position begin."""
-        return _spread((self._key + position) * _STEP)
+        return _spread((self._key + position) * STEP)
 
     def probabilities(self, logits: Tensor, history: Sequence[int]) -> Tensor:
         """The distribution that the next token is drawn from: ``[V]``, same device and dtype, sums to 1.
@@ -262,7 +284,7 @@ class Sampler:
 
     def _nucleus(self, scores: Floats) -> tuple[Tokens, Floats] | None:
         """What top-p keeps, without a look at each token of the vocabulary; None where that cannot be told so."""
-        tokens, weights, others = self._likely(scores, (_NEGLIGIBLE,))
+        tokens, weights, others = self._likely(scores, (NEGLIGIBLE,))
         least = self.params.top_p * float(weights.sum())
         most = least + self.params.top_p * others
         head = _head(weights, most)
@@ -292,8 +314,8 @@ def _head(weights: Floats, mass: float) -> Tokens:
 def _spread(bits: int) -> int:
     """64 bits of which about half differ where ``bits`` differ in one."""
     bits &= _WORD
-    bits = ((bits ^ bits >> 30) * _MIX[0]) & _WORD
-    bits = ((bits ^ bits >> 27) * _MIX[1]) & _WORD
+    for shift, factor in MIX:
+        bits = ((bits ^ bits >> shift) * factor) & _WORD
     return bits ^ bits >> 31
 
 

@@ -329,12 +329,23 @@ def top(typingctx: Any, x: Any, count: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         base, length = args
-        best = cgutils.alloca_once(builder, VF32)
-        builder.store(load(builder, base, VF32), best)
-        with cgutils.for_range_slice(builder, I64(LANES), length, I64(LANES), I64) as (index, _):
-            value = widen(builder, base, types.float32, index)
-            builder.store(larger(builder, builder.load(best), value), best)
-        return reduce_max(builder, builder.load(best))
+        # Four at once, which do not wait for one another.
+        best = [cgutils.alloca_once_value(builder, load(builder, base, VF32)) for _ in range(4)]
+        for each in best:
+            builder.store(load(builder, base, VF32), each)
+
+        def look(index: Any, number: int) -> None:
+            value = widen(builder, base, types.float32, offset(builder, index, LANES * number))
+            builder.store(larger(builder, builder.load(best[number]), value), best[number])
+
+        whole = builder.and_(length, I64(-4 * LANES))
+        with cgutils.for_range_slice(builder, I64(0), whole, I64(4 * LANES), I64) as (index, _):
+            for number in range(4):
+                look(index, number)
+        with cgutils.for_range_slice(builder, whole, length, I64(LANES), I64) as (index, _):
+            look(index, 0)
+        left, right = (larger(builder, *map(builder.load, pair)) for pair in (best[:2], best[2:]))
+        return reduce_max(builder, larger(builder, left, right))
 
     return types.float32(types.int64, types.int64), codegen
 

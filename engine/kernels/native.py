@@ -24,7 +24,7 @@ from typing import Any
 from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
-_MODULES = ("loads", "foretell")  # that are compiled once for all models
+_MODULES = ("loads", "foretell", "choices")  # that are compiled once for all models
 _TIMEOUT = 600.0  # seconds; it takes most of a minute on two slow cores
 
 
@@ -67,6 +67,21 @@ def load_foretell() -> Callable[[int, int], None]:
     """:func:`engine.kernels.foretell.native_code`'s, of a task and a state; once for the process. It keeps the interpreter
     lock."""
     return _link(*_objects(("foretell",))["foretell"], ctypes.PYFUNCTYPE, 2)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How tokens are chosen; :func:`engine.kernels.choices.native_code` says what they do. Both keep the interpreter lock."""
+
+    choose: Callable[[int], None]
+    rank: Callable[[int], None]
+
+
+@cache
+def load_choices() -> Choices:
+    """The code that chooses tokens, once for the process."""
+    objects = _objects(("choices",))
+    return Choices(*(_link(*objects[name], ctypes.PYFUNCTYPE, 1) for name in ("choose", "rank")))
 
 
 @cache
