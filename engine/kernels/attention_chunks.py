@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from engine.kernels.attention_tiles import TOGETHER, mix_tile, score_tile
+from engine.kernels.attention_tiles import TOGETHER, VECTORS, mix_tile, score_tile
 from engine.kernels.control import (
     ATTENTION_CHUNK as CHUNK,
 )  # fmt: skip
@@ -51,7 +51,8 @@ _MINUS_INFINITY = np.float32(-np.inf)
 _HEADER = 16  # floats of a record before its weighted values: best score, sum of weights
 
 _s1, _s2, _s3, _s4 = (score_tile(queries) for queries in (1, 2, 3, 4))
-_m1, _m2, _m3, _m4 = (mix_tile(queries, 2) for queries in (1, 2, 3, 4))
+_m1, _m2, _m3, _m4 = (mix_tile(queries, VECTORS) for queries in (1, 2, 3, 4))
+_WIDTH = 16 * VECTORS
 _narrow = mix_tile(1, 1)
 
 
@@ -187,8 +188,8 @@ def _mix(
     """Add the weighted values of slots ``begin .. end - 1`` of the chunk to ``many`` queries' ``out``."""
     if begin >= end:
         return
-    step, pairs = size * kv_size, size // 32 * 32
-    for at in range(0, pairs, 32):
+    step, whole = size * kv_size, size // _WIDTH * _WIDTH
+    for at in range(0, whole, _WIDTH):
         source, target = values + at * kv_size, out + 4 * at
         if many == 4:
             _m4(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
@@ -198,9 +199,9 @@ def _mix(
             _m2(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
         else:
             _m1(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
-    if pairs < size:
+    if whole < size:
         for one in range(many):
-            source, target = values + pairs * kv_size, out + one * out_step + 4 * pairs
+            source, target = values + whole * kv_size, out + one * out_step + 4 * whole
             _narrow(kv, weights + 4 * one * CHUNK, 0, source, step, begin, end, target, 0)
 
 

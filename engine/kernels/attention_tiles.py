@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -29,8 +30,10 @@ from engine.kernels.intrinsics import (
     widen,
 )  # fmt: skip
 
-# Queries of a tile at most: they need more registers than smaller ones than AVX-512's have.
-TOGETHER = 4 if llvmlite.binding.get_host_cpu_features().get("avx512f") else 1
+# Queries of a tile at most, lanes of their sums of products, and vectors of 16 values that they are mixed from at once: what
+# the processor has registers for.
+_MANY_REGISTERS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+TOGETHER, _SUM_LANES, VECTORS = (4, LANES, 2) if _MANY_REGISTERS else (3, 8, 1)
 
 
 def score_tile(queries: int) -> Any:
@@ -43,17 +46,18 @@ def score_tile(queries: int) -> Any:
         scale: Any, out: Any, out_step: Any,
     ) -> Any:  # fmt: skip
         def products(builder: Any, signature: Any, args: Any, key: Any, count: int) -> list[list[Any]]:
-            """Of each query with ``count`` keys from number ``key`` on, 16 lanes each."""
+            """Of each query with ``count`` keys from number ``key`` on, some lanes each."""
             _, left, left_step, base, step, _, _, length, *_ = args
             rows = [offset(builder, base, builder.mul(step, builder.add(key, I64(n)))) for n in range(count)]
             xs = [offset(builder, left, builder.mul(left_step, I64(q))) for q in range(queries)]
-            totals = [[cgutils.alloca_once(builder, VF32) for _ in rows] for _ in xs]
+            floats = ir.VectorType(F32, _SUM_LANES)
+            totals = [[cgutils.alloca_once(builder, floats) for _ in rows] for _ in xs]
             for cell in (cell for row in totals for cell in row):
-                builder.store(constant(0.0), cell)
-            with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
-                wide = [widen(builder, row, signature.args[0], index) for row in rows]
+                builder.store(constant(0.0, floats), cell)
+            with cgutils.for_range_slice(builder, I64(0), length, I64(_SUM_LANES), I64) as (index, _):
+                wide = [widen(builder, row, signature.args[0], index, _SUM_LANES) for row in rows]
                 for query, cells in zip(xs, totals, strict=True):
-                    value = widen(builder, query, types.float32, index)
+                    value = widen(builder, query, types.float32, index, _SUM_LANES)
                     for cell, other in zip(cells, wide, strict=True):
                         builder.store(fma(builder, value, other, builder.load(cell)), cell)
             return [[builder.load(cell) for cell in cells] for cells in totals]

@@ -58,8 +58,6 @@ def int4_tile(rows: int, dots: ByteDots, keep: bool = False) -> Any:
             first = [
                 splat(builder, load(builder, offset(builder, at, TOO_MUCH_INT4), I32), lanes) for at in own
             ]
-            step = [splat(builder, load(builder, offset(builder, at, STEP), F32), lanes) for at in own]
-            sum_ = [splat(builder, load(builder, offset(builder, at, SUM), F32), lanes) for at in own]
             for ahead in range(0, _CODE_BYTES, _LINE):
                 prefetch(builder, offset(builder, codes, AHEAD + ahead), keep)
             for ahead in range(0, _PAIR_BYTES, _LINE):
@@ -82,10 +80,13 @@ def int4_tile(rows: int, dots: ByteDots, keep: bool = False) -> Any:
                     scale = builder.bitcast(builder.shl(both, constant(16, ints)), floats)
                     zero = builder.bitcast(builder.and_(both, constant(-65536, ints)), floats)
                     for r in range(rows):
+                        # Read where they are used: held from the beginning on they would take registers.
+                        step = splat(builder, load(builder, offset(builder, own[r], STEP), F32), lanes)
+                        sum_ = splat(builder, load(builder, offset(builder, own[r], SUM), F32), lanes)
                         value = builder.sitofp(dots.sums(builder, totals[r, half], first[r]), floats)
-                        value = fma(builder, zero, sum_[r], builder.fmul(scale, value))
+                        value = fma(builder, zero, sum_, builder.fmul(scale, value))
                         cell = result[r, half + piece]
-                        builder.store(fma(builder, step[r], value, builder.load(cell)), cell)
+                        builder.store(fma(builder, step, value, builder.load(cell)), cell)
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             codes, pairs, count, left, left_step, extra, extra_step, target, target_step = args
