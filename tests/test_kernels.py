@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from numba import njit
@@ -17,6 +18,7 @@ from torch import Tensor
 from engine.kernels import control, fused_unavailable, make_fused_stepper
 from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.adapters import describe_adapter
+from engine.kernels.attention_tiles import score_tile
 from engine.kernels.intrinsics import streaming_locality
 from engine.kernels.tiles import has_pairs
 from engine.models.config import ModelConfig, RopeConfig
@@ -425,3 +427,20 @@ def test_only_zen_reads_weights_past_the_last_level_cache() -> None:
     zen = [name for name in ("znver3", "znver5", "alderlake", "rocketlake", "apple-m1", "generic", "") if
            streaming_locality(name) != streaming_locality("sapphirerapids")]  # fmt: skip
     assert zen == ["znver3", "znver5"]
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_scores_of_either_width(lanes: int) -> None:
+    """Those of processors with few registers too, whatever this one has."""
+    tile = score_tile(3, lanes)
+
+    @njit
+    def run(kv: object, queries: int, keys: int, out: int) -> None:
+        tile(kv, queries, 4 * 64, keys, 4 * 64, 1, 12, 64, np.float32(0.5), out, 4 * 16)
+
+    generator = np.random.default_rng(0)
+    queries, keys = (generator.standard_normal((rows, 64)).astype(np.float32) for rows in (3, 12))
+    scores = np.zeros((3, 16), np.float32)
+    run(np.float32(0), *(array.ctypes.data for array in (queries, keys, scores)))
+    np.testing.assert_allclose(scores[:, 1:12], queries @ keys[1:].T / 2, rtol=1e-4, atol=1e-5)
+    assert not scores[:, 0].any() and not scores[:, 12:].any()

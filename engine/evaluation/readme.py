@@ -6,6 +6,7 @@ Run as ``python -m engine.evaluation.readme``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _summary_rows(report: Mapping[str, Any]) -> list[list[str]]:
     rows, settings = report["rows"], report["settings"]
     what = [_model(rows), f"{settings['suite']}, {rows[0]['num_prompts']} of {_length(settings)} tokens"]
     what[1] += f", {_sampling(settings)}" if _sampling(settings) != "greedy" else ""
-    what[1] += f", {_where(report)}" if _on_gpu(rows) else _apart(report)
+    what[1] += f", {_where(report)}" if _on_gpu(rows) else f", {_cpu(report)}{_apart(report)}"
     ours, found = [row for row in rows if not row["peer"]], []
     for weights in dict.fromkeys(row["format"] for row in ours):
         lanes = {row["method"]: row for row in ours if row["format"] == weights}
@@ -141,7 +142,11 @@ def _where(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
     if _on_gpu(report["rows"]):
         return str(machine["gpus"][0]["name"])
-    return f"{machine['cpu']}, {report['settings']['threads']} threads{_apart(report)}"
+    return f"{_cpu(report)}, {report['settings']['threads']} threads{_apart(report)}"
+
+
+def _cpu(report: Mapping[str, Any]) -> str:
+    return re.sub(r"\((R|TM)\)| Processor", "", report["machine"]["cpu"])
 
 
 def _apart(report: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ _MANY_REGISTERS = bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 TOGETHER, _SUM_LANES, VECTORS = (4, LANES, 2) if _MANY_REGISTERS else (3, 8, 1)
 
 
-def score_tile(queries: int) -> Any:
+def score_tile(queries: int, lanes: int = _SUM_LANES) -> Any:
     """Products of ``queries`` queries, ``x_step`` bytes apart, with keys ``first .. last - 1`` of rows ``key_step`` bytes
     apart, times ``scale``; to ``out[query][key]``, whose rows lie ``out_step`` bytes apart. ``size`` in 16s."""
 
@@ -50,14 +50,14 @@ def score_tile(queries: int) -> Any:
             _, left, left_step, base, step, _, _, length, *_ = args
             rows = [offset(builder, base, builder.mul(step, builder.add(key, I64(n)))) for n in range(count)]
             xs = [offset(builder, left, builder.mul(left_step, I64(q))) for q in range(queries)]
-            floats = ir.VectorType(F32, _SUM_LANES)
+            floats = ir.VectorType(F32, lanes)
             totals = [[cgutils.alloca_once(builder, floats) for _ in rows] for _ in xs]
             for cell in (cell for row in totals for cell in row):
                 builder.store(constant(0.0, floats), cell)
-            with cgutils.for_range_slice(builder, I64(0), length, I64(_SUM_LANES), I64) as (index, _):
-                wide = [widen(builder, row, signature.args[0], index, _SUM_LANES) for row in rows]
+            with cgutils.for_range_slice(builder, I64(0), length, I64(lanes), I64) as (index, _):
+                wide = [widen(builder, row, signature.args[0], index, lanes) for row in rows]
                 for query, cells in zip(xs, totals, strict=True):
-                    value = widen(builder, query, types.float32, index, _SUM_LANES)
+                    value = widen(builder, query, types.float32, index, lanes)
                     for cell, other in zip(cells, wide, strict=True):
                         builder.store(fma(builder, value, other, builder.load(cell)), cell)
             return [[builder.load(cell) for cell in cells] for cells in totals]
