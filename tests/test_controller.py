@@ -137,7 +137,7 @@ def test_times_of_a_busier_day_do_not_decide_for_good(kind: str, factor: float) 
     first, second = DepthController(), DepthController()
     simulate(first, 300, **machine)
     state = first.export()
-    state["times"][kind] = [factor * seconds for seconds in state["times"][kind]]
+    state["times"][kind] = [factor * seconds for seconds in state["times"].get(kind, [PLAIN])]
     assert second.restore(state)
     assert speedup(second, **machine) > 0.95 * speedup(first, **machine)
 
@@ -182,3 +182,13 @@ def test_a_text_that_is_harder_than_the_others_is_drafted_less() -> None:
         controller.observe(RoundRecord(1, 1, 2, PLAIN * 0.1, PLAIN * 1.1, ((0.7, True),)))
     assert controller.chance(confidences) > before
     assert controller.chance([0.99] * 3) < 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_a_machine_that_has_changed_is_soon_known(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a core is moved, or something else begins or ends."""
+    controller, plain = DepthController(), PLAIN
+    simulate(controller, 300, chance=0.6, draft=0.1, row=0.05)
+    monkeypatch.setitem(globals(), "PLAIN", plain * factor)
+    simulate(controller, 100, chance=0.6, draft=0.1, row=0.05)
+    assert controller.state().plain_seconds == pytest.approx(plain * factor)

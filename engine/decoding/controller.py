@@ -40,6 +40,8 @@ _ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
 _SCHEDULE = (0, 1, 0, 1, 2, 3, 0, 2, 3, 1)
 _REFRESH = 48  # rounds between two forced ones that keep rarely seen costs fresh
 _REFRESHED = (0, 1, 0, 2, 0, 3)  # their numbers of drafts: a cost that once looked too high is seen again
+# A plain step so many times longer or shorter than known is looked into after a few rounds: the machine may have changed.
+_SURPRISE, _SOON = 1.15, 6
 # Luck makes a few rounds look bad where many would not, and being off costs the whole gain.
 _WINDOW = 64  # drafting rounds that are judged together
 _EARLY = 24  # a clear loss is seen sooner
@@ -113,6 +115,7 @@ class DepthController:
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
         self._drift = Drift()
         self._rounds = 0
+        self._next_refresh, self._refreshes = _REFRESH, 0
         self._forced: int | None = None
         self._limit = 0
         self._tokens = self._seconds = 0.0  # of the drafting rounds under judgement
@@ -209,6 +212,9 @@ class DepthController:
         """Learn from a finished round."""
         self._rounds += 1
         if not record.num_steps:
+            known = self._time("plain") or record.verify_seconds
+            if not 1 / _SURPRISE < record.verify_seconds / known < _SURPRISE:
+                self._next_refresh, self._refreshes = min(self._next_refresh, self._rounds + _SOON), 0
             self._note("plain", record.verify_seconds)
             if self._paused:
                 self._paused -= 1
@@ -279,7 +285,7 @@ class DepthController:
         self._forget_costs()
         self._next_right, self._next_seen = next_right, next_seen
         self._pause, self._paused = counts
-        self._rounds = 0
+        self._rounds, self._next_refresh = 0, _REFRESH
         self._pause = min(max(self._pause, _PAUSE), _LONGEST_PAUSE)
         self.reason = state.get("reason") if self._paused else None
         return True
@@ -288,9 +294,11 @@ class DepthController:
         """A forced number of drafts for this round, or None."""
         if self._rounds < len(_SCHEDULE):
             return min(_SCHEDULE[self._rounds], self._limit)
-        if self.is_off or self._rounds % _REFRESH:
+        if self.is_off or self._rounds < self._next_refresh:
             return None
-        return min(_REFRESHED[self._rounds // _REFRESH % len(_REFRESHED)], self._limit)
+        self._next_refresh = self._rounds + _REFRESH
+        self._refreshes += 1
+        return min(_REFRESHED[(self._refreshes - 1) % len(_REFRESHED)], self._limit)
 
     def chance(self, confidences: list[float]) -> float:
         """That all of these drafts are right."""
