@@ -108,12 +108,14 @@ def _pick(task: int) -> int:
         if count == 0:
             least = FEWER
             count = _weigh(task, best, least)
+        if count == 0:
+            return -1
         place = first_of(tokens, weights, count, stream)
         earliest = arrival(stream, get_i64(tokens + 8 * place)) / get_f64(weights + 8 * place)
         # One of the unlikely ones may be it.
-        if count == 0 or arrival(stream, size) < earliest * least * (size - count):
-            return -1
-        return get_i64(tokens + 8 * place)
+        return (
+            -1 if arrival(stream, size) < earliest * least * (size - count) else get_i64(tokens + 8 * place)
+        )
     if min_p > 0:
         if count == 0 or min_p < NEGLIGIBLE:
             return -1
