@@ -3,18 +3,15 @@ with :mod:`engine.decoding.sampling`."""
 
 from __future__ import annotations
 
-# Of the best token's weight:
-ALONE, FEWER = (
-    1e-6,
-    1e-3,
-)  # tokens from the first on draw times of their own, or, if those are too many, from the second on
+# Of the best token's weight. Tokens from the first on draw times of their own, or, if those are too many, from the second.
+ALONE, FEWER = 1e-6, 1e-3
 NEGLIGIBLE = 1e-7  # tokens below change a nucleus hardly ever
 LIKELY = 0.02  # others are not drafted
 MOST_ALONE = 4096
 MOST_LIKELY = 256  # drafts that are looked at
 MOST_RANKED = 4  # that are put in order
 NO_TOKEN = 1 << 63  # what TOKEN is not below, as an unsigned number, where it cannot be told
-# SplitMix64 (Steele, Lea and Flood 2014), as signed numbers.
+# SplitMix64 (Steele, Lea and Flood 2014).
 STEP, MIX = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 # Of both tasks:
