@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     BLOCK,
     INPUTS,
@@ -24,7 +24,7 @@ from engine.kernels.rows import add_parts
 ADAPTER_TAG = np.int32(0)  # adapters and maps are int8, whatever the model's own format, and come again soon
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def lower(own: int, adapter: int, x: int, rows: int) -> None:
     """An adapter's first half on some rows, into this thread's own scratch, ready for the second half. Takes the
     scratch of rounded inputs."""
@@ -37,7 +37,7 @@ def lower(own: int, adapter: int, x: int, rows: int) -> None:
     prepare_rows(ADAPTER_TAG, low, rows, rank, rounded, extras)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def add_raised(own: int, adapter: int, first: int, count: int, out: int) -> None:
     """Add outputs ``first .. first + count`` of an adapter's second half to ``out``, of one row; both in 16s."""
     raised = get_i64(own + 8 * OWN_RAISED)
@@ -46,7 +46,7 @@ def add_raised(own: int, adapter: int, first: int, count: int, out: int) -> None
         add_parts(out + 4 * output, raised, 0, 1, min(BLOCK, count - output))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def add_raised_rows(own: int, adapter: int, rows: int, out: int) -> None:
     """Add an adapter's second half to ``out``, of the rows that :func:`lower` was given."""
     raised, size = get_i64(own + 8 * OWN_RAISED), get_i64(adapter + 8 * (LINEAR_FIELDS + OUTPUTS))
@@ -57,7 +57,7 @@ def add_raised_rows(own: int, adapter: int, rows: int, out: int) -> None:
             add_parts(out + 4 * (row * size + output), raised + 4 * row * BLOCK, 0, 1, count)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _raise(own: int, adapter: int, output: int, rows: int) -> None:
     """A block of an adapter's second half, into this thread's own scratch."""
     up, raised = adapter + 8 * LINEAR_FIELDS, get_i64(own + 8 * OWN_RAISED)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from engine.kernels.attention_tiles import TOGETHER, VECTORS, mix_tile, score_tile
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     ATTENTION_CHUNK as CHUNK,
 )  # fmt: skip
@@ -56,34 +56,34 @@ _WIDTH = 16 * VECTORS
 _narrow = mix_tile(1, 1)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def first_seen(position: int, window: int) -> int:
     """The first slot that a row sees."""
     return max(0, position + 1 - window) if window > 0 else 0
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _seen(position: int, window: int, low: int) -> tuple[int, int]:
     """Which slots of the chunk that begins with slot ``low`` a row sees: from, and up to, counted in the chunk."""
     before = max(0, first_seen(position, window) - low)
     return before, max(before, min(CHUNK, position + 1 - low))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _apart(position: int, slot: int, low: int) -> int:
     """How many slots behind its position a row's own key and value lie, if the position is in the chunk that begins with
     slot ``low``; 0 for all but alternatives."""
     return slot - position if slot >= 0 and low <= position < low + CHUNK else 0
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def record_size(control: int) -> int:
     """Bytes of what a query makes of a chunk. Those of a task lie one behind the other, query by query, and the tasks' too,
     ``[kv heads, chunks, rows, heads of each]``."""
     return 4 * (get_i64(control + 8 * HEAD_DIM) + _HEADER)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def attend_chunk(
     kv: Any,
     kv_size: int,
@@ -143,7 +143,7 @@ def attend_chunk(
             _mix(kv, kv_size, 1, weights, values + apart * step, shared, end, size, own_mixed, 0)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _score(
     kv: Any, many: int, queries: int, keys: int, step: int, begin: int, end: int, size: int, scores: int
 ) -> None:
@@ -159,7 +159,7 @@ def _score(
         _s1(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _weigh(scores: int, begin: int, end: int, record: int) -> None:
     """A query's scores of a chunk become weights, the best one's 1; the best score and their sum go to ``record``."""
     for slot in range(begin):
@@ -172,7 +172,7 @@ def _weigh(scores: int, begin: int, end: int, record: int) -> None:
     put_f32(record + 4, exp_row(scores, best, CHUNK))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _mix(
     kv: Any,
     kv_size: int,
@@ -205,7 +205,7 @@ def _mix(
             _narrow(kv, weights + 4 * one * CHUNK, 0, source, step, begin, end, target, 0)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def join_chunks(
     tag: Any,
     control: int,

@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from engine.kernels.adapter_phases import add_raised, lower
 from engine.kernels.attention_chunks import attend_chunk, first_seen, join_chunks, record_size
 from engine.kernels.barrier import take, wait
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     ATTENTION_CHUNK as CHUNK,
 )  # fmt: skip
@@ -61,7 +61,7 @@ from engine.kernels.rows import (
 _FLOAT32 = np.float32(0.0)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def attention_phase(
     tag: Any, kv: Any, kv_size: int, control: int, own: int, layer: int, x: int, adapter: int
 ) -> None:
@@ -101,7 +101,7 @@ def attention_phase(
     wait(control, own)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _turn(control: int, head: int, norm: int, position: int) -> None:
     """Norm a query or key head if ``norm``, and rotate it, in place."""
     size = get_i64(control + 8 * HEAD_DIM)
@@ -111,7 +111,7 @@ def _turn(control: int, head: int, norm: int, position: int) -> None:
     rotate_row(head, get_i64(control + 8 * COS) + at, get_i64(control + 8 * SIN) + at, size // 2)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _find_factors(control: int, own: int, layer: int) -> None:
     """What an RMSNorm over all heads multiplies each row's queries by, and its keys, into this thread's own ``FACTORS
     [rows, 2]``."""
@@ -126,7 +126,7 @@ def _find_factors(control: int, own: int, layer: int) -> None:
         put_f32(factors + 4, _whole_factor(control, own, source + 4 * heads * size, step, parts, kv_heads))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _whole_factor(control: int, own: int, source: int, part_step: int, parts: int, heads: int) -> float:
     """What an RMSNorm over ``heads`` neighbouring heads of the projection multiplies them by."""
     size, scratch = get_i64(control + 8 * HEAD_DIM), get_i64(own + 8 * OWN_KV)
@@ -138,7 +138,7 @@ def _whole_factor(control: int, own: int, source: int, part_step: int, parts: in
     return np.float32(1.0) / np.sqrt(np.float32(mean + get_f32(control + 8 * EPS)))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _write_cache(
     kv: Any,
     kv_size: int,
@@ -178,7 +178,7 @@ def _write_cache(
         narrow_row(kv, get_i64(layer + 8 * VALUES) + place, scratch, size)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _prepare_queries(
     control: int, own: int, layer: int, adapter: int, first: int, count: int, group: int
 ) -> None:

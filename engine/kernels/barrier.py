@@ -13,8 +13,7 @@ caller may write the next command.
 
 from __future__ import annotations
 
-from numba import njit
-
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     ARRIVED,
     CREW,
@@ -49,7 +48,7 @@ _SPARE = (
 )
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def wait(control: int, own: int) -> None:
     """Barrier, and end of a phase: returns when all threads have arrived."""
     phase, spins = get_i64(own + 8 * PHASE), 0
@@ -62,7 +61,7 @@ def wait(control: int, own: int) -> None:
     put_i64(own + 8 * PHASE, phase + 1)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def take(control: int, own: int, tasks: int) -> int:
     """The next of this phase's ``tasks``; -1 when all are done, by all threads, and have to be waited for no more."""
     threads, phase, spins = get_i64(own + 8 * CREW), get_i64(own + 8 * PHASE), 0
@@ -99,14 +98,14 @@ def take(control: int, own: int, tasks: int) -> int:
     return -1
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _arrive(own: int, phase: int) -> None:
     """Say that this thread has done its share of a phase."""
     put_i64(own + 8 * TICKETS, (phase + 1) << PHASE_SHIFT)
     atomic_put(own + 8 * ARRIVED, phase + 1)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _draw(whose: int, phase: int, share: int, least: int) -> int:
     """The number of the next task of a thread's ``share``, if ``least`` are left of it; or -1."""
     while True:
@@ -118,7 +117,7 @@ def _draw(whose: int, phase: int, share: int, least: int) -> int:
             return number
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _rest(own: int, spins: int) -> int:
     """Wait a little, and let another thread have the core if it has been long."""
     pause()
@@ -129,7 +128,7 @@ def _rest(own: int, spins: int) -> int:
     return spins + 1
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _count_lost(own: int, spins: int) -> None:
     """Note what a wait of so many pauses took, if it was long: somebody had no core."""
     if spins > SPINS:

@@ -5,10 +5,8 @@ the caches. What is rare it leaves to that."""
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import int64, njit
 
 from engine.kernels.choice_fields import (
     ALONE,
@@ -43,6 +41,7 @@ from engine.kernels.choice_fields import (
     TOTAL,
     WEIGHTS,
 )
+from engine.kernels.compiling import compile_entry_points, compiled
 from engine.kernels.intrinsics import LANES, get_f32, get_i8, get_i64, put_f32, put_i64
 from engine.kernels.rows import exp_total
 from engine.kernels.scalars import arrival, exp_of, get_f64, log_of, put_f64
@@ -51,7 +50,7 @@ from engine.kernels.shortlists import collect, first_of, heaviest, keep_from, la
 _MARGIN = 0.1  # by which a penalty may lower the best draft without a second look at all
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _weigh(task: int, best: float, least: float) -> int:
     """The tokens that weigh ``least`` or more, the best one 1, and their weights. Returns how many they are; 0: too many, or
     not all of them numbers."""
@@ -69,7 +68,7 @@ def _weigh(task: int, best: float, least: float) -> int:
     return count
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _pick(task: int) -> int:
     """The choice, after the penalty; -1: it cannot be told so."""
     size, tokens = get_i64(task + 8 * SIZE), get_i64(task + 8 * SCRATCH)
@@ -124,7 +123,7 @@ def _pick(task: int) -> int:
     return get_i64(tokens + 8 * (first + place))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _total(task: int, best: float) -> float:
     """What all tokens weigh together, the best one 1."""
     logits, size = get_i64(task + 8 * LOGITS), get_i64(task + 8 * SIZE)
@@ -135,12 +134,12 @@ def _total(task: int, best: float) -> float:
     return total
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _penalized(logit: float, penalty: float) -> float:
     return logit * penalty if logit < 0 else logit / penalty
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _is_seen(task: int, token: int) -> bool:
     drafted = get_i64(task + 8 * DRAFTED)
     for number in range(get_i64(task + 8 * NUM_DRAFTED)):
@@ -149,7 +148,7 @@ def _is_seen(task: int, token: int) -> bool:
     return get_i8(get_i64(task + 8 * MASK) + token) != 0
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _likely(task: int, least: float) -> int:
     """The places of drafts from the weight ``least`` on, the largest one's 1, as they are after the penalty; their weights
     behind them. Returns how many they are; 0: too many."""
@@ -187,7 +186,7 @@ def _likely(task: int, least: float) -> int:
     return count if count <= MOST_LIKELY else 0
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _rank(task: int) -> int:
     """Fill in the best few; returns how many."""
     temperature, stream, least = (
@@ -255,11 +254,4 @@ def native_code() -> dict[str, tuple[str, bytes]]:
     def rank(task: int) -> None:
         put_i64(task + 8 * NUM_RANKED, _rank(task))
 
-    compiler: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    found = {}
-    for function in (choose, rank):
-        result = compiler(function)
-        result.compile((int64,))
-        compiled = result.overloads[int64,]
-        found[function.__name__] = compiled.fndesc.llvm_func_name, compiled.library._get_compiled_object()
-    return found
+    return compile_entry_points(choose, rank)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from engine.kernels.adapter_phases import ADAPTER_TAG
 from engine.kernels.barrier import wait
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     ADAPTER_FIELDS,
     ADAPTERS,
@@ -43,7 +42,7 @@ from engine.kernels.phases import matmul_phase, run_layer
 from engine.kernels.rows import add_parts, copy_row, copy_wide, exp_row, norm_row
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """Layers ``FIRST .. LAST - 1`` from ``HIDDEN [2, D]`` to ``OUT [2, D]``. A step that begins with layer 0 takes the
     token ``IDS`` instead, and the state of the position before, ``CONDITION [D]``, unnormed or not.

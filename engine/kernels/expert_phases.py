@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.barrier import take, wait
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     ADD_UP,
     BLOCK,
@@ -69,7 +69,7 @@ _LOWEST = np.float32(-3.0e38)  # of logits; one that is no number counts as this
 _TAKEN = np.float32(-np.inf)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def run_attention(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """The attention part of layer ``FIRST`` from ``HIDDEN`` to ``OUT``, the normed rows that its experts take to
     ``NORMED``, and what the ``ROUTER``, if there is one (its matrix in the cache's type), chooses for them to
@@ -106,7 +106,7 @@ def run_attention(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank:
         wait(control, own)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _choose(control: int, own: int, router: int, logits: int, row: int) -> None:
     """The best experts of one row by number, ascending, and what they weigh; of equal logits the first wins."""
     outputs, num_experts = get_i64(router + 8 * OUTPUTS), get_i64(router + 8 * ROUTER_NUM_EXPERTS)
@@ -153,7 +153,7 @@ def _choose(control: int, own: int, router: int, logits: int, row: int) -> None:
         put_f32(weights + 4 * count, np.float32(1.0) / (np.float32(1.0) + get_f32(left)))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def run_experts(tag: Any, control: int, own: int, rank: int) -> None:
     """``NUM_EXPERTS`` experts of the records at ``EXPERTS``. If ``ADD_UP``, then ``OUT = HIDDEN + `` the sum of
     ``PLACES [places, rows, D]``, place by place, each weighted by ``WEIGHTS [rows, places]``; the last ``SIDE_ROWS``
@@ -164,13 +164,13 @@ def run_experts(tag: Any, control: int, own: int, rank: int) -> None:
         _add_up(control)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _blocks(expert: int, linear: int, halves: int) -> int:
     """Tasks of one expert's linear, whose outputs are as many ``halves`` computed together."""
     return (get_i64(expert + 8 * (linear + OUTPUTS)) // halves + BLOCK - 1) // BLOCK
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _all_blocks(control: int, linear: int, halves: int) -> int:
     expert, tasks = get_i64(control + 8 * EXPERTS), 0
     for _ in range(get_i64(control + 8 * NUM_EXPERTS)):
@@ -179,7 +179,7 @@ def _all_blocks(control: int, linear: int, halves: int) -> int:
     return tasks
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _find(control: int, expert: int, begin: int, task: int, linear: int, halves: int) -> tuple[int, int]:
     """The expert of a task and its first task, looked for from another expert on and its first task."""
     if task < begin:  # what another thread has left
@@ -190,7 +190,7 @@ def _find(control: int, expert: int, begin: int, task: int, linear: int, halves:
     return expert, begin
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _gate_up_phase(tag: Any, control: int, own: int) -> None:
     """SiLU(gate) * up of every expert; each task computes the same block of both."""
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
@@ -216,7 +216,7 @@ def _gate_up_phase(tag: Any, control: int, own: int) -> None:
     wait(control, own)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _down_phase(tag: Any, control: int, own: int) -> None:
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
     tasks = _all_blocks(control, EXPERT_DOWN, 1)
@@ -236,7 +236,7 @@ def _down_phase(tag: Any, control: int, own: int) -> None:
     wait(control, own)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _add_up(control: int) -> None:
     rows, size = get_i64(control + 8 * ROWS), get_i64(control + 8 * HIDDEN_SIZE)
     places, weights = get_i64(control + 8 * NUM_PLACES), get_i64(control + 8 * WEIGHTS)

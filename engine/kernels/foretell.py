@@ -3,11 +3,9 @@ any two commands of the kernels, where each little operation of numpy's takes so
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import int64, njit
 
+from engine.kernels.compiling import compile_entry_points, compiled
 from engine.kernels.foretell_fields import (
     AHEAD,
     CHANCES,
@@ -29,7 +27,7 @@ from engine.kernels.rows import exp_row
 _FLOAT32 = np.float32(0.0)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _insert(values: int, numbers: int, count: int, value: float, number: int) -> None:
     """Into ``count`` values in descending order, and the numbers beside them, if there are any."""
     place = count
@@ -43,7 +41,7 @@ def _insert(values: int, numbers: int, count: int, value: float, number: int) ->
         put_i64(numbers + 8 * place, number)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _edge(logits: int, num_experts: int, num_chosen: int, scratch: int) -> float:
     """Between the last that is chosen and the first that is not."""
     for number in range(num_experts):
@@ -98,8 +96,4 @@ def native_code() -> dict[str, tuple[str, bytes]]:
                 odds = get_f32(chances + 4 * number)
                 put_f32(chances + 4 * number, np.float32(1.0) / (np.float32(1.0) + odds))
 
-    compiler: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    result = compiler(foretell)
-    result.compile((int64, int64))
-    compiled = result.overloads[int64, int64]
-    return {"foretell": (compiled.fndesc.llvm_func_name, compiled.library._get_compiled_object())}
+    return compile_entry_points(foretell)

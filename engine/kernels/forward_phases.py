@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     BEGUN,
     EMBEDDING,
@@ -30,7 +29,7 @@ from engine.kernels.phases import matmul_phase, norm_rows, run_layer, use_rows
 from engine.kernels.rows import copy_row, copy_wide
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def run_layers(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """Layers ``FIRST .. LAST - 1`` from ``HIDDEN`` to ``OUT``."""
     count = get_i64(control + 8 * ROWS) * get_i64(control + 8 * HIDDEN_SIZE)
@@ -45,7 +44,7 @@ def run_layers(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: in
         copy_row(get_i64(control + 8 * OUT), h, count)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def run_matmul(tag: Any, control: int, own: int) -> None:
     """``OUT = LINEAR(norm(HIDDEN))``; the norm is left out where its address is 0."""
     x, norm = get_i64(control + 8 * HIDDEN), get_i64(control + 8 * NORM)
@@ -57,7 +56,7 @@ def run_matmul(tag: Any, control: int, own: int) -> None:
     matmul_phase(tag, control, own, get_i64(control + 8 * LINEAR), x, rows, get_i64(control + 8 * OUT))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _run_some(
     tag: Any,
     kv: Any,
@@ -78,7 +77,7 @@ def _run_some(
             run_layer(tag, kv, kv_size, control, own, layer, 0, False)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def run_forward(tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int) -> None:
     """``ROWS`` rows through all layers up to ``LAST``, to ``OUT``, and through final norm and head, to ``LOGITS``.
 

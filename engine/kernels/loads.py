@@ -16,10 +16,11 @@ import sys
 from typing import Any
 
 from llvmlite import ir
-from numba import int64, njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engine.kernels.compiling import compile_entry_points, compiled
 from engine.kernels.intrinsics import (
     I64,
     atomic_add,
@@ -142,7 +143,7 @@ def sleep_for(typingctx: Any, count: Any) -> Any:
     return types.void(types.int64), codegen
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _wake_one(control: int, sleepers: int, pipe: int) -> None:
     """One of those who sleep, if there are any."""
     while True:
@@ -154,7 +155,7 @@ def _wake_one(control: int, sleepers: int, pipe: int) -> None:
             return
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _stay_awake(control: int, sleepers: int, pipe: int) -> None:
     """Take back that this thread is going to sleep; the byte of who has seen it already is taken out."""
     while True:
@@ -166,14 +167,14 @@ def _stay_awake(control: int, sleepers: int, pipe: int) -> None:
             return
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _has(control: int, urgency: int) -> bool:
     """Whether requests wait in a ring."""
     ring = control + 8 * (RING + urgency * RING_FIELDS)
     return atomic_get(ring + 8 * HEAD) != atomic_get(ring + 8 * TAIL)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _take(control: int, lowest: int) -> int:
     """Begin the most urgent request that is at least as urgent as ``lowest``: its address, 0 if there is none."""
     for urgency in range(lowest + 1):
@@ -190,7 +191,7 @@ def _take(control: int, lowest: int) -> int:
     return 0
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _carry_piece(control: int, entry: int, done: int, urgent: int) -> int:
     """Read all that is left, or one piece if others may want the link; bytes, or 0 if that failed."""
     count, bandwidth = get_i64(control + 8 * NUM_BYTES) - done, get_i64(control + 8 * BANDWIDTH)
@@ -219,7 +220,7 @@ def _carry_piece(control: int, entry: int, done: int, urgent: int) -> int:
     return max(0, read)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _end(control: int, entry: int, done: int) -> None:
     whole = done == get_i64(control + 8 * NUM_BYTES)
     # Behind the bytes themselves, for who looks.
@@ -228,7 +229,7 @@ def _end(control: int, entry: int, done: int) -> None:
     _wake_one(control, WAITERS, TELL_AT)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _serve_demanded(control: int) -> None:
     size = get_i64(control + 8 * NUM_BYTES)
     while True:
@@ -242,7 +243,7 @@ def _serve_demanded(control: int) -> None:
         _end(control, entry, done)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _serve_expected(control: int) -> int:
     """One request; 0 if there is none."""
     size = get_i64(control + 8 * NUM_BYTES)
@@ -308,11 +309,4 @@ def native_code() -> dict[str, tuple[str, bytes]]:
         else:
             sleep_at(get_i64(control + 8 * WAIT_AT))
 
-    compiler = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    found = {}
-    for function, arguments in ((serve, 2), (submit, 3), (cancel, 2), (wait, 2)):
-        result = compiler(function)
-        result.compile((int64,) * arguments)
-        compiled = result.overloads[(int64,) * arguments]
-        found[function.__name__] = compiled.fndesc.llvm_func_name, compiled.library._get_compiled_object()
-    return found
+    return compile_entry_points(serve, submit, cancel, wait)

@@ -18,10 +18,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 from engine.kernels import int4_tiles, int8_tiles, tiles
+from engine.kernels.compiling import compiled
 from engine.kernels.control import BIAS, BLOCK, INPUTS, OUTPUTS, PARTS, SCALES
 from engine.kernels.intrinsics import get_f32, get_i8, get_i64, get_wide, put_f32
 from engine.kernels.rounding import GROUP, GROUP_BYTES, STEP, SUM, round_row
@@ -45,7 +46,7 @@ def prepared(tag: Any, x: int, rounded: int) -> int:
     raise NotImplementedError
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def prepare_rows(tag: Any, x: int, rows: int, count: int, rounded: int, extras: int) -> int:
     """Prepare the floats ``x [rows, count]``; returns where they are to be found."""
     for row in range(rows):
@@ -64,7 +65,7 @@ def multiply_block(
     raise NotImplementedError
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _int4_tail(
     linear: int, output: int, first: int, last: int, x: int, extras: int, out: int, out_step: int, rows: int
 ) -> None:
@@ -89,7 +90,7 @@ def _int4_tail(
             put_f32(out + 4 * (row * out_step + j), total)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, rows: int) -> None:
     bias = get_i64(linear + 8 * BIAS)
     if bias != 0:
@@ -102,7 +103,7 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
 def _int4_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
     n1, n2, n3, n4 = tiles
 
-    @njit(nogil=True, error_model="numpy")
+    @compiled
     def block(
         linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
     ) -> None:
@@ -135,7 +136,7 @@ def _int4_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
     return block
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _int8_tail(
     linear: int, output: int, first: int, last: int, x: int, extras: int, out: int, out_step: int, rows: int
 ) -> None:
@@ -158,7 +159,7 @@ def _int8_tail(
 def _int8_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
     b1, b2, b3, b4 = tiles
 
-    @njit(nogil=True, error_model="numpy")
+    @compiled
     def block(
         linear: int, output: int, part: int, x: int, extras: int, out: int, out_step: int, rows: int
     ) -> None:
@@ -199,7 +200,7 @@ _BLOCKS = {
 def _row_major_blocks(dots: Sequence[Callable[..., None]], w_size: int, x_size: int) -> Any:
     d1, d2, d3, d4, d5, d6, d7, d8 = dots
 
-    @njit(nogil=True, error_model="numpy")
+    @compiled
     def block(
         tag: Any, linear: int, output: int, part: int, x: int, out: int, out_step: int, rows: int
     ) -> None:

@@ -1,6 +1,6 @@
 """The compiled kernels as functions: from the disk cache, or compiled first.
 
-Numba compiles them once for each CPU and kind of weights, which takes most of a minute; with its own cache
+Numba compiles them once for each CPU and kind of weights, which takes 10 to 20 seconds; with its own cache
 it would still be imported at every start. Here the object code is kept and linked by LLVM alone.
 """
 
@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -25,7 +26,7 @@ from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
 _MODULES = ("loads", "foretell", "choices")  # that are compiled once for all models
-_TIMEOUT = 600.0  # seconds; it takes most of a minute on two slow cores
+_TIMEOUT = 600.0  # seconds: much longer than it takes
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def load_choices() -> Choices:
 @cache
 def load_program(kinds: Kinds) -> Program:
     """The code for ``kinds``, once for the process."""
-    objects = _objects(astuple(kinds))
+    soon = _MODULES if kinds.models == "experts" else ("choices",)
+    objects = _objects(astuple(kinds), *((module,) for module in soon))
     return Program(
         _link(*objects["work"], ctypes.CFUNCTYPE, 3),
         _link(*objects["publish"], ctypes.PYFUNCTYPE, 1),
@@ -114,11 +116,14 @@ def load_loads() -> Loads:
     )
 
 
-def _objects(names: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:
-    """Object code, compiled if it is not on the disk: a module of ``_MODULES``, or what :class:`Kinds` names."""
+def _objects(names: tuple[str, ...], *soon: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:
+    """Object code, compiled if it is not on the disk: a module of ``_MODULES``, or what :class:`Kinds` names. What will be
+    asked for ``soon`` is compiled at the same time."""
     file = _file(names)
     objects = _read(file)
-    if objects is None and _compile_apart(names):
+    if objects is None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(_compile_apart, (names, *(other for other in soon if not _file(other).exists()))))
         objects = _read(file)
     return _compile(names) if objects is None else objects
 
@@ -127,7 +132,7 @@ def _file(names: tuple[str, ...]) -> Path:
     return _folder() / f"{'-'.join(names)}.o"
 
 
-def _compile_apart(names: tuple[str, ...]) -> bool:
+def _compile_apart(names: tuple[str, ...]) -> None:
     """Compile in a process of its own: here it would hold the interpreter lock, and much memory to the end."""
     command = [sys.executable, "-m", "engine.kernels.native", *names]
     quiet = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # on Windows
@@ -138,10 +143,9 @@ def _compile_apart(names: tuple[str, ...]) -> bool:
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as error:
         _log.warning("the kernels could not be compiled apart: %s", error)
-        return False
-    if done.returncode:
-        _log.warning("the kernels could not be compiled apart: %s", done.stderr)
-    return done.returncode == 0
+    else:
+        if done.returncode:
+            _log.warning("the kernels could not be compiled apart: %s", done.stderr)
 
 
 def _compile(names: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from numba import njit
-
+from engine.kernels.compiling import compiled
 from engine.kernels.control import BLOCK, OUTPUTS, PARTS, THREADS
 from engine.kernels.intrinsics import get_i64
 from engine.kernels.rows import add_parts, copy_row
@@ -11,7 +10,7 @@ from engine.kernels.rows import add_parts, copy_row
 _ENOUGH = 4  # blocks for each thread
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def are_joined(control: int, linear: int) -> bool:
     """Whether there are blocks enough for all threads even so: then one thread does all parts of a block and adds them up.
     Its readers find one, of which half as much lies in another core's cache."""
@@ -19,13 +18,13 @@ def are_joined(control: int, linear: int) -> bool:
     return get_i64(linear + 8 * PARTS) > 1 and blocks >= _ENOUGH * get_i64(control + 8 * THREADS)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def parts_left(control: int, linear: int) -> int:
     """How many parts of its outputs the readers of a linear find."""
     return 1 if are_joined(control, linear) else get_i64(linear + 8 * PARTS)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def join_parts(out: int, source: int, step: int, parts: int, count: int) -> None:
     """Parts of ``count`` outputs, ``step`` bytes apart, added up in their order, whoever does it."""
     copy_row(out, source, count)

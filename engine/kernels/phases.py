@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
-
 from engine.kernels.adapter_phases import add_raised, add_raised_rows, lower
 from engine.kernels.attention_phases import attention_phase
 from engine.kernels.barrier import take, wait
+from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     ACT,
     ACT_EXTRAS,
@@ -58,7 +57,7 @@ from engine.kernels.parts import are_joined, join_parts, parts_left
 from engine.kernels.rows import add_parts, norm_row, silu_times
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def use_rows(control: int, own: int, first: int, rows: int) -> None:
     """Have the phases that follow work on ``rows`` rows, at the command's positions from number ``first`` on."""
     put_i64(own + 8 * OWN_ROWS, rows)
@@ -66,7 +65,7 @@ def use_rows(control: int, own: int, first: int, rows: int) -> None:
     put_i64(own + 8 * OWN_SLOTS, get_i64(control + 8 * SLOTS) + 8 * first)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def matmul_phase(tag: Any, control: int, own: int, linear: int, x: int, rows: int, out: int) -> None:
     """All outputs of one linear into ``out [parts, rows, N]``."""
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
@@ -74,7 +73,7 @@ def matmul_phase(tag: Any, control: int, own: int, linear: int, x: int, rows: in
     _multiply_phase(tag, control, own, linear, x, extras, rows, out)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _multiply_phase(
     tag: Any, control: int, own: int, linear: int, x: int, extras: int, rows: int, out: int
 ) -> None:
@@ -97,7 +96,7 @@ def _multiply_phase(
     wait(control, own)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: int, adapter: int) -> None:
     """SiLU(gate) * up into ``act [rows, F]``, and prepared for the next matmul: otherwise every thread would round all of
     it. Each task computes the same block of both."""
@@ -128,7 +127,7 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
     wait(control, own)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def norm_rows(control: int, own: int, weight: int) -> None:
     """RMSNorm of this thread's own copy of the residual rows, into its own scratch."""
     rows, size = get_i64(own + 8 * OWN_ROWS), get_i64(control + 8 * HIDDEN_SIZE)
@@ -137,7 +136,7 @@ def norm_rows(control: int, own: int, weight: int) -> None:
         norm_row(x + 4 * row * size, h + 4 * row * size, weight, eps, size)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _add_residual(control: int, own: int, linear: int, adapter: int, x: int) -> None:
     """Add a linear's parts to this thread's own copy of the residual rows; to row 1 also what an adapter
     makes of the linear's input ``x``."""
@@ -150,7 +149,7 @@ def _add_residual(control: int, own: int, linear: int, adapter: int, x: int) -> 
         add_raised(own, adapter, 0, size, h + 4 * size)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def attend_layer(
     tag: Any,
     kv: Any,
@@ -183,7 +182,7 @@ def attend_layer(
         add_raised_rows(own, beside, last, get_i64(own + 8 * OWN_H) + first)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def run_layer(
     tag: Any, kv: Any, kv_size: int, control: int, own: int, layer: int, adapters: int, last: bool
 ) -> None:

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import int64, njit
 
 from engine.kernels.barrier import SPINS
+from engine.kernels.compiling import compile_entry_points, compiled
 from engine.kernels.control import (
     CAPACITY,
     COMMAND,
@@ -43,7 +43,7 @@ from engine.kernels.native import Kinds
 from engine.kernels.phases import use_rows
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def execute(
     tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
 ) -> None:
@@ -59,7 +59,7 @@ def execute(
         run_draft(draft, kv, head, kv_size, control, own, rank)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def execute_with_experts(
     tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
 ) -> None:
@@ -130,12 +130,4 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
                     for word in range(0, size, 8):
                         put_i64(first + target * size + word, get_i64(first + source * size + word))
 
-    # Nothing of Python is called, so that the code loads without numba.
-    compiler = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    found = {}
-    for function, arguments in ((work, 3), (publish, 1), (copy_slot, 4)):
-        result = compiler(function)
-        result.compile((int64,) * arguments)
-        compiled = result.overloads[(int64,) * arguments]
-        found[function.__name__] = compiled.fndesc.llvm_func_name, compiled.library._get_compiled_object()
-    return found
+    return compile_entry_points(work, publish, copy_slot)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engine.kernels.compiling import compiled
 from engine.kernels.intrinsics import (
     I32,
     I64,
@@ -250,7 +251,7 @@ def exp_total(typingctx: Any, x: Any, top: Any, factor: Any, count: Any) -> Any:
 _FLOAT32 = np.float32(0.0)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def norm_row(out: int, x: int, weight: int, eps: float, count: int) -> None:
     """RMSNorm of one row; ``eps`` float32."""
     mean = dot(_FLOAT32, x, x, count) / np.float32(count)
@@ -276,7 +277,7 @@ def _rotate(typingctx: Any, x: Any, cos: Any, sin: Any, half: Any, count: Any) -
     return types.void(*[types.int64] * 5), codegen
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def rotate_row(x: int, cos: int, sin: int, half: int) -> None:
     """Rotate one head ``[2 * half]`` in place; its two halves form the pairs. ``half`` is any number."""
     whole = half // 16 * 16

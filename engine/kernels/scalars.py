@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 from llvmlite import ir
-from numba import int64, njit, types
+from numba import int64, types
 from numba.extending import intrinsic
 
 from engine.kernels.choice_fields import MIX, STEP
+from engine.kernels.compiling import compiled
 from engine.kernels.intrinsics import I64, load, put_i64
 
 _F64 = ir.DoubleType()
@@ -66,12 +67,12 @@ def _random_bits(typingctx: Any, stream: Any, token: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def put_f64(address: int, value: float) -> None:
     put_i64(address, bits_of(value))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def log_of(x: float) -> float:
     """Of a positive number, within an ulp or two: the same wherever it runs."""
     bits = bits_of(x)
@@ -87,7 +88,7 @@ def log_of(x: float) -> float:
     return exponent * _LN2 + 2.0 * f * (1.0 + series)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def exp_of(x: float) -> float:
     """Of a number that is not positive, likewise."""
     if not x > -700.0:
@@ -100,7 +101,7 @@ def exp_of(x: float) -> float:
     return series * from_bits((power + 1023) << 52)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def arrival(stream: int, token: int) -> float:
     """When a token arrives, exponentially distributed."""
     return -log_of((_random_bits(stream, token) + 0.5) * 2.220446049250313e-16)

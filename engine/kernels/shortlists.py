@@ -9,10 +9,11 @@ import math
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engine.kernels.compiling import compiled
 from engine.kernels.intrinsics import I16, I64, LANES, VF32, get_f32, get_i64, load, put_i64, splat, top
 from engine.kernels.scalars import arrival, get_f64
 
@@ -40,7 +41,7 @@ def _lowest(typingctx: Any, bits: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def collect(x: int, size: int, least: float, places: int, most: int) -> int:
     """The places of the floats that are not below ``least``, and how many there are: up to ``most``, else one more."""
     count, whole = 0, size // LANES * LANES
@@ -61,7 +62,7 @@ def collect(x: int, size: int, least: float, places: int, most: int) -> int:
     return count
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def largest(x: int, size: int) -> float:
     whole = size // LANES * LANES
     best = top(x, whole) if whole else get_f32(x)
@@ -71,7 +72,7 @@ def largest(x: int, size: int) -> float:
     return best
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def first_of(tokens: int, weights: int, count: int, stream: int) -> int:
     """Which of the tokens arrives first."""
     first, earliest = -1, math.inf
@@ -82,7 +83,7 @@ def first_of(tokens: int, weights: int, count: int, stream: int) -> int:
     return first
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _swap(tokens: int, weights: int, a: int, b: int) -> None:
     for base in (tokens, weights):
         left, right = get_i64(base + 8 * a), get_i64(base + 8 * b)
@@ -90,14 +91,14 @@ def _swap(tokens: int, weights: int, a: int, b: int) -> None:
         put_i64(base + 8 * b, left)
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _is_before(tokens: int, weights: int, a: int, b: int) -> bool:
     """The heavier, of equals the one with the lower number."""
     left, right = get_f64(weights + 8 * a), get_f64(weights + 8 * b)
     return left > right or (left == right and get_i64(tokens + 8 * a) < get_i64(tokens + 8 * b))
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def _sink(tokens: int, weights: int, place: int, count: int) -> None:
     """Mend a heap whose entry at ``place`` may be too light."""
     while True:
@@ -112,7 +113,7 @@ def _sink(tokens: int, weights: int, place: int, count: int) -> None:
         place = child
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def sort_heaviest(tokens: int, weights: int, count: int, wanted: int, enough: float) -> int:
     """Put the heaviest behind the others, the very heaviest last: up to ``wanted``, or until they weigh ``enough``. Returns how
     many they are."""
@@ -127,7 +128,7 @@ def sort_heaviest(tokens: int, weights: int, count: int, wanted: int, enough: fl
     return found
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def keep_from(tokens: int, weights: int, count: int, least: float) -> int:
     """Move those that weigh ``least`` or more to the front, and return how many they are."""
     kept = 0
@@ -138,7 +139,7 @@ def keep_from(tokens: int, weights: int, count: int, least: float) -> int:
     return kept
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def mass_of(weights: int, first: int, count: int) -> float:
     """Of sorted weights behind ``first``, from the largest on."""
     mass = 0.0
@@ -147,7 +148,7 @@ def mass_of(weights: int, first: int, count: int) -> float:
     return mass
 
 
-@njit(nogil=True, error_model="numpy")
+@compiled
 def heaviest(weights: int, first: int, count: int, share: float) -> int:
     """Where those begin, of the sorted weights behind ``first``, that have ``share`` of their mass."""
     enough, mass, place = share * mass_of(weights, first, count), 0.0, count
