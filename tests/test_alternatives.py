@@ -82,11 +82,9 @@ def _compare(
         assert same(hidden[own], expected[row]) and same(logits[own], wanted[row])
         stepper.forward(CHAIN + OTHERS, cache, instead_of=INSTEAD_OF)
         stepper.copy_slot(cache, length + own, length + row)
-        for ours, theirs in zip(
-            (*cache.keys, *cache.values), (*straight.keys, *straight.values), strict=True
-        ):
-            end = length + row + 1
-            assert same(ours[:, :, :end], theirs[:, :, :end])
+        end = length + row + 1
+        for ours, theirs in zip(tiny.cached(cache, end), tiny.cached(straight, end), strict=True):
+            assert same(ours, theirs)
 
 
 # Whole generations
@@ -153,9 +151,9 @@ def test_after_each_round_the_cache_has_the_bits_of_a_fresh_prefill(
     def check(sequence: TokenSequence) -> None:
         fresh = stepper.decoder.new_cache(len(sequence.ids))
         stepper.prefill(sequence.ids[:-1], fresh)
-        cache = sequence.cache
-        for ours, theirs in zip((*cache.keys, *cache.values), (*fresh.keys, *fresh.values), strict=True):
-            assert torch.equal(ours[:, :, : fresh.length], theirs[:, :, : fresh.length])
+        end = fresh.length
+        for ours, theirs in zip(tiny.cached(sequence.cache, end), tiny.cached(fresh, end), strict=True):
+            assert torch.equal(ours, theirs)
 
     drafter = scripted(stepper, maybe, lambda place: (maybe(place), maybe(place)))
     method = M2R2(lambda: drafter, Moody(fixed=4, fixed_alternatives=3))

@@ -45,8 +45,8 @@ def steppers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FusedStepper
 
 def slots(cache: KVCache, first: int, last: int) -> list[Tensor]:
     """Keys and values of each layer."""
-    pairs = zip(cache.keys, cache.values, strict=True)
-    return [torch.cat([part[:, :, first:last] for part in pair]) for pair in pairs]
+    parts = tiny.cached(cache, last, first)
+    return [torch.cat(pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def equal(ours: list[Tensor], theirs: list[Tensor]) -> list[bool]:

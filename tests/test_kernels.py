@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from numba import njit
@@ -18,7 +17,6 @@ from torch import Tensor
 from engine.kernels import control, fused_unavailable, make_fused_stepper
 from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.adapters import describe_adapter
-from engine.kernels.attention_tiles import score_tile
 from engine.kernels.intrinsics import streaming_locality
 from engine.kernels.tiles import has_pairs
 from engine.models.config import ModelConfig, RopeConfig
@@ -31,6 +29,7 @@ from engine.quantization import get_format
 from engine.quantization.base import Tileable
 from engine.quantization.int4_layout import torch_block
 from engine.residuals.accelerator import LowRank
+from tests import tiny
 
 FORMATS = ("int4", "int8", "bf16", "fp32")
 # Sizes that leave rests: a vocabulary of 4.5 blocks, and three query heads per KV head.
@@ -142,8 +141,10 @@ def rows_for(decoder: Decoder, count: int, seed: int = 5) -> Tensor:
 def filled_cache(decoder: Decoder, length: int = 37) -> KVCache:
     """Random earlier positions."""
     cache, generator = decoder.new_cache(64), torch.Generator().manual_seed(9)
-    for tensor in (*cache.keys, *cache.values):
-        tensor[:, :, :length] = torch.randn(tensor[:, :, :length].shape, generator=generator).to(tensor.dtype)
+    config = decoder.config
+    for layer in range(config.num_layers):
+        k, v = torch.randn(2, 1, length, config.num_kv_heads, config.head_dim, generator=generator)
+        cache.write(layer, torch.arange(length)[None], k, v)
     cache.length = length
     return cache
 
@@ -227,8 +228,8 @@ def test_a_prompt_is_read_as_if_it_were_decoded(weight_format: str) -> None:
     for position, token in enumerate(ids):
         stepper.run_layers(stepper.embed([token]), stepwise, position, 0, 3)
     assert at_once.length == len(ids)
-    for one, other in zip((*at_once.keys, *at_once.values), (*stepwise.keys, *stepwise.values), strict=True):
-        assert torch.equal(one[:, :, : len(ids)], other[:, :, : len(ids)])
+    for one, other in zip(tiny.cached(at_once, len(ids)), tiny.cached(stepwise, len(ids)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_row_that_only_reads_leaves_the_cache_alone() -> None:
@@ -374,9 +375,7 @@ def test_a_whole_pass_equals_its_parts(name: str, begun: int, fresh: int) -> Non
             hidden, logits = stepper.forward(ids[7 - fresh :] if fresh else [], cache, rows, 2)
         else:
             hidden, logits = forward_in_parts(stepper, ids[7 - fresh :] if fresh else [], cache, rows, 2, ())
-        results.append(
-            (hidden, logits.clone(), *(keys[:, :, :7].clone() for keys in (*cache.keys, *cache.values)))
-        )
+        results.append((hidden, logits.clone(), *(part.clone() for part in tiny.cached(cache, 7))))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -427,20 +426,3 @@ def test_only_zen_reads_weights_past_the_last_level_cache() -> None:
     zen = [name for name in ("znver3", "znver5", "alderlake", "rocketlake", "apple-m1", "generic", "") if
            streaming_locality(name) != streaming_locality("sapphirerapids")]  # fmt: skip
     assert zen == ["znver3", "znver5"]
-
-
-@pytest.mark.parametrize("lanes", [8, 16])
-def test_scores_of_either_width(lanes: int) -> None:
-    """Those of processors with few registers too, whatever this one has."""
-    tile = score_tile(3, lanes)
-
-    @njit
-    def run(kv: object, queries: int, keys: int, out: int) -> None:
-        tile(kv, queries, 4 * 64, keys, 4 * 64, 1, 12, 64, np.float32(0.5), out, 4 * 16)
-
-    generator = np.random.default_rng(0)
-    queries, keys = (generator.standard_normal((rows, 64)).astype(np.float32) for rows in (3, 12))
-    scores = np.zeros((3, 16), np.float32)
-    run(np.float32(0), *(array.ctypes.data for array in (queries, keys, scores)))
-    np.testing.assert_allclose(scores[:, 1:12], queries @ keys[1:].T / 2, rtol=1e-4, atol=1e-5)
-    assert not scores[:, 0].any() and not scores[:, 12:].any()

@@ -7,8 +7,8 @@ import torch
 
 from engine.errors import OutOfMemoryError
 from engine.models.config import ModelConfig, RopeConfig
-from engine.models.decoder import write_cache
 from engine.models.kv_cache import KVCache
+from tests.tiny import cached
 
 CONFIG = ModelConfig(
     model_type="llama", hidden_size=64, intermediate_size=128, num_layers=3, num_heads=4, num_kv_heads=2,
@@ -19,22 +19,23 @@ CONFIG = ModelConfig(
 def fill(cache: KVCache, start: int, count: int, seed: int = 0) -> None:
     """Random keys and values of every layer at positions ``start ..``."""
     generator = torch.Generator().manual_seed(seed)
-    batch = cache.keys[0].shape[0]
+    batch = cache.values[0].shape[0]
     positions = torch.arange(start, start + count).expand(batch, count)
     for layer in range(CONFIG.num_layers):
         k, v = torch.randn(2, batch, count, 2, 16, generator=generator)
-        write_cache(cache, layer, positions, k, v)
+        cache.write(layer, positions, k, v)
 
 
-def test_growth_keeps_the_content_and_clears_the_rest() -> None:
-    cache = KVCache(CONFIG, 64, batch=2)
+@pytest.mark.parametrize("batch", [1, 2])  # one sequence alone has its keys in blocks
+def test_growth_keeps_the_content_and_clears_the_rest(batch: int) -> None:
+    cache = KVCache(CONFIG, 64, batch)
     fill(cache, 0, 64)
-    before = [tensor.clone() for tensor in (*cache.keys, *cache.values)]
+    before = [part.clone() for part in cached(cache, 64)]
     cache.length = 64
     cache.ensure(65)
     assert cache.capacity == 128 and cache.length == 64 and cache.generation == 2
-    for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
-        assert torch.equal(new[:, :, :64], old) and not new[:, :, 64:].any()
+    for old, new in zip(before, cached(cache, 128), strict=True):
+        assert old.any() and torch.equal(new[:, :, :64], old) and not new[:, :, 64:].any()
     cache.ensure(128)
     assert cache.generation == 2  # there was room
 
@@ -45,7 +46,7 @@ def test_growth_keeps_the_content_and_clears_the_rest() -> None:
 def test_capacity_is_whole_blocks_within_the_context(asked: int, capacity: int) -> None:
     cache = KVCache(CONFIG, asked)
     assert cache.capacity == capacity and cache.generation == 1
-    assert all(tensor.shape == (1, 2, capacity, 16) for tensor in (*cache.keys, *cache.values))
+    assert all(part.shape == (1, 2, capacity, 16) for part in cached(cache, capacity))
 
 
 def test_capacity_doubles_up_to_the_context() -> None:
@@ -77,17 +78,33 @@ def test_rollback_moves_nothing_and_later_writes_replace() -> None:
     fill(straight, 0, 20)
     fill(straight, 20, 12, seed=2)
     assert pointers == [tensor.data_ptr() for tensor in (*rolled.keys, *rolled.values)]
-    for one, other in zip((*rolled.keys, *rolled.values), (*straight.keys, *straight.values), strict=True):
-        assert torch.equal(one[:, :, :32], other[:, :, :32])
+    for one, other in zip(cached(rolled, 32), cached(straight, 32), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_growth_after_a_rollback_keeps_the_rolled_back_part() -> None:
     cache = KVCache(CONFIG, 64)
     fill(cache, 0, 64)
-    kept = cache.keys[2][:, :, :30].clone()
+    kept = [part.clone() for part in cached(cache, 30)]
     cache.length = 30
     cache.ensure(200)
-    assert cache.length == 30 and torch.equal(cache.keys[2][:, :, :30], kept)
+    assert cache.length == 30
+    assert all(torch.equal(now, before) for now, before in zip(cached(cache, 30), kept, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_written_is_read_back(batch: int) -> None:
+    """In slots of several blocks at once, and of some of the sequences; a slot's copy is the same."""
+    cache, generator = KVCache(CONFIG, 192, batch), torch.Generator().manual_seed(0)
+    slots = torch.tensor([[3, 63, 64, 130]])
+    k, v = torch.randn(2, 1, 4, 2, 16, generator=generator)
+    cache.write(1, slots, k, v, batch - 1)
+    for part, wanted in zip(cache.read(1, 131), (k, v), strict=True):
+        assert part.shape == (batch, 2, 131, 16)
+        assert torch.equal(part[-1:, :, slots[0]], wanted.transpose(1, 2))
+        assert part.count_nonzero() == wanted.count_nonzero()
+    cache.copy_slot(130, 7)
+    assert all(torch.equal(part[:, :, 7], part[:, :, 130]) for part in cache.read(1, 131))
 
 
 def test_no_memory_is_a_sentence_and_leaves_the_cache_usable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from engine.models.loader import load_decoder
 from engine.models.stepper import Stepper, TorchStepper
 from engine.requests import SamplingParams
 from engine.tokenizer import Tokenizer, load_tokenizer
+from tests import tiny
 
 pytestmark = pytest.mark.real_model
 
@@ -149,10 +150,12 @@ def test_int4_rows_do_not_depend_on_what_follows_them(
     packed.prefill(ids[:start], cache)
 
     def logits_and_keys(rows: list[int], kept: int) -> tuple[Tensor, Tensor]:
-        for tensor in (*cache.keys, *cache.values):
-            tensor[:, :, start:] = 0
+        later = torch.arange(start, cache.capacity)[None]
+        nothing = torch.zeros(1, later.shape[1], packed.config.num_kv_heads, packed.config.head_dim)
+        for layer in range(packed.config.num_layers):
+            cache.write(layer, later, nothing, nothing)
         out = run(stepper, rows, cache, start)[:kept]
-        return out, torch.stack([keys[0, :, start : start + kept] for keys in cache.keys])
+        return out, torch.stack(tiny.cached(cache, start + kept, start))
 
     for kept in (1, 4):
         wanted, keys = logits_and_keys(ids[start : start + kept], kept)
@@ -200,7 +203,7 @@ def test_int4_text_is_verified_as_it_was_decoded(packed: Decoder, tokenizer: Tok
     method.start(sequence)
     for _ in range(48):
         method.step(1)
-    plain = [keys[:, :, : cache.length].clone() for keys in (*cache.keys, *cache.values)]
+    plain = [part.clone() for part in tiny.cached(cache, cache.length)]
     for size in (*range(2, 18), stepper.max_rows):
         cache.length = at = len(prompt) - 1
         while at < len(sequence.ids) - 1:
@@ -208,5 +211,5 @@ def test_int4_text_is_verified_as_it_was_decoded(packed: Decoder, tokenizer: Tok
             chosen = run(stepper, rows, cache, at).argmax(-1).tolist()
             assert chosen == sequence.ids[at + 1 : at + 1 + len(rows)]
             cache.length = at = at + len(rows)
-        again = [keys[:, :, : cache.length] for keys in (*cache.keys, *cache.values)]
+        again = tiny.cached(cache, cache.length)
         assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))

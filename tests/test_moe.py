@@ -100,8 +100,8 @@ def test_fused_rows_are_the_same_in_any_company_and_any_prefill(folder: Path, na
     for size in (1, 2, 3, 5, 64, 25):
         hidden = stepper.run_layers(stepper.embed(ids[at : at + size]), pieces, at, 0, 3)
         pieces.length = at = at + size
-    for one, other in zip((*whole.keys, *whole.values), (*pieces.keys, *pieces.values), strict=True):
-        assert torch.equal(one[:, :, :100], other[:, :, :100])
+    for one, other in zip(tiny.cached(whole, 100), tiny.cached(pieces, 100), strict=True):
+        assert torch.equal(one, other)
     again = stepper.run_layers(stepper.embed(ids[-1:]), whole, 99, 0, 3)
     assert torch.equal(again[0], hidden[-1])
 

@@ -78,10 +78,10 @@ def test_the_same_request_gives_the_same_answer(session: Session, sampling: Samp
     assert first.result.token_ids == second.result.token_ids
 
 
-def prompt_keys(generation) -> list[torch.Tensor]:
+def prompt_cache(generation) -> list[torch.Tensor]:
     """What the prefill wrote, layer by layer."""
     kept = generation.sequence.num_prompt_tokens - 1
-    return [keys[:, :, :kept].clone() for keys in generation.sequence.cache.keys]
+    return [part.clone() for part in tiny.cached(generation.sequence.cache, kept)]
 
 
 @pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8", "int4"])
@@ -93,7 +93,7 @@ def test_the_length_of_prefill_chunks_does_not_matter(
     for chunk in (1, 7, 64, 1000):
         monkeypatch.setattr(session.backend, "prefill_chunk", chunk)
         generation = answer(session)
-        outcomes.append((generation.result.token_ids, prompt_keys(generation)))
+        outcomes.append((generation.result.token_ids, prompt_cache(generation)))
     for tokens, keys in outcomes[1:]:
         assert tokens == outcomes[0][0]
         # fp32 matrix products on CPU depend on the number of rows in the last bit
@@ -113,7 +113,7 @@ def test_a_reused_prefix_changes_no_text_and_no_cache(folders: dict[str, Path], 
         assert fresh.metrics.num_cached_tokens == 0
         assert reused.result.token_ids == fresh.result.token_ids
         if weight_format != "fp32":
-            pairs = zip(prompt_keys(reused), prompt_keys(fresh), strict=True)
+            pairs = zip(prompt_cache(reused), prompt_cache(fresh), strict=True)
             assert all(torch.equal(one, other) for one, other in pairs)
         messages += [Message("assistant", reused.result.text), Message("user", f"and {turn}?")]
 
@@ -132,7 +132,7 @@ def test_the_answer_is_read_ahead_of_the_next_turn(folders: dict[str, Path], wei
     assert list(reused) and list(fresh)
     assert reused.metrics.num_cached_tokens == len(ids)
     assert reused.result.token_ids == fresh.result.token_ids
-    assert all(torch.equal(a, b) for a, b in zip(prompt_keys(reused), prompt_keys(fresh), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(prompt_cache(reused), prompt_cache(fresh), strict=True))
 
 
 def test_a_new_request_does_not_wait_for_the_reading_ahead(session: Session):
@@ -370,8 +370,7 @@ def test_real_text_is_the_same_for_any_prefill_chunk(
         monkeypatch.setattr(session.backend, "prefill_chunk", chunk)
         generation = answer(session, messages, max_new_tokens=32)
         kept = generation.sequence.num_prompt_tokens - 1
-        cache = generation.sequence.cache
-        outcomes.append((generation.result.text, cache.keys[-1][:, :, :kept].clone()))
+        outcomes.append((generation.result.text, tiny.cached(generation.sequence.cache, kept)[-2].clone()))
     assert kept > 256
     for text, keys in outcomes[1:]:
         assert text == outcomes[0][0]

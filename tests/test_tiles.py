@@ -13,13 +13,22 @@ from llvmlite import binding, ir
 from numba import njit
 from torch import Tensor
 
-from engine.kernels.attention_tiles import mix_tile, score_tile
+from engine.kernels.attention_tiles import (
+    TOGETHER,
+    copy_key,
+    mix_tile,
+    score_alone,
+    score_tile,
+    spread_row,
+)
 from engine.kernels.byte_dots import SMALL, WHOLE, ByteDots, available
 from engine.kernels.int4_tiles import int4_tile
 from engine.kernels.int8_tiles import int8_tile
+from engine.kernels.intrinsics import put_f32
 from engine.kernels.native import register_symbols
 from engine.kernels.rounding import round_row
 from engine.kernels.tiles import DOTS, MOST_ROWS, PAIRS, has_pairs
+from engine.models.kv_cache import KEY_BLOCK
 from engine.quantization.int8_layout import tile
 
 
@@ -159,34 +168,65 @@ def test_rows_are_rounded_group_by_group(inputs: int) -> None:
         assert own.abs().max() == (127 if step else 0)
 
 
-@pytest.mark.parametrize("queries", [2, 3, 4])
+@pytest.mark.parametrize(("lanes", "vectors"), [(16, 4), (16, 2), (8, 4), (8, 2), (4, 4)])
+@pytest.mark.parametrize("queries", [1, 3, TOGETHER])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_queries_that_share_a_tile_keep_their_bits(queries: int, dtype: torch.dtype) -> None:
+def test_queries_that_share_a_tile_keep_their_bits(
+    queries: int, dtype: torch.dtype, lanes: int, vectors: int
+) -> None:
+    """On processors with other registers too; those of 16 bytes are ARM's."""
     tag = np.float32(0) if dtype == torch.float32 else np.uint16(0)
-    x, rows = torch.randn(queries, 48), torch.randn(11, 48).to(dtype)
-    step = rows.stride(0) * rows.itemsize
-    together, alone = score_tile(queries), score_tile(1)
-    mix_together, mix_alone = mix_tile(queries, 2), mix_tile(1, 2)
+    generator = torch.Generator().manual_seed(queries)
+    x, slots = (
+        torch.randn(queries, 80, generator=generator),
+        torch.randn(64, 80, generator=generator).to(dtype),
+    )
+    keys, bytes_ = slots.T.contiguous(), slots.itemsize  # a block: slot beside slot
+    together, mixed = score_tile(queries, vectors, lanes), mix_tile(queries, vectors, lanes)
+    mixed_alone, width, few = mix_tile(1, 2, 4), lanes * vectors, 8
 
     @njit
-    def share(x: int, rows: int, scores: int, out: int) -> None:
-        together(tag, x, 192, rows, step, 1, 11, 48, np.float32(0.5), scores, 64)
-        mix_together(tag, scores, 64, rows, step, 1, 11, out, 128)
+    def share(x: int, keys: int, values: int, scores: int, out: int) -> None:
+        together(tag, x, 320, keys, 5, 59, 80, np.float32(0.5), scores, 256, 0)
+        mixed(tag, scores, 256, values, 80 * bytes_, 5, 59, out, 320, 0)
 
     @njit
-    def one(x: int, rows: int, scores: int, out: int) -> None:
-        for first, last in ((1, 4), (4, 11)):  # cut wherever
-            alone(tag, x, 0, rows, step, first, last, 48, np.float32(0.5), scores, 0)
-            mix_alone(tag, scores, 0, rows, step, first, last, out, 0)
+    def one(x: int, keys: int, values: int, scores: int, out: int) -> None:
+        for slot in range(64):
+            put_f32(scores + 4 * slot, score_alone(tag, x, keys + slot * bytes_, 80, np.float32(0.5)))
+        for first, last in ((5, 9), (9, 59)):  # cut wherever
+            for at in range(0, width, few):
+                mixed_alone(
+                    tag, scores, 0, values + at * bytes_, 80 * bytes_, first, last, out + 4 * at, 0, 0
+                )
 
-    shared, own = torch.zeros(2, queries, 16), torch.zeros(2, queries, 32)
-    share(x.data_ptr(), rows.data_ptr(), shared[0].data_ptr(), own[0].data_ptr())
+    shared, own = torch.full((2, queries, 64), 7.0), torch.zeros(2, queries, 80)
+    share(x.data_ptr(), keys.data_ptr(), slots.data_ptr(), shared[0].data_ptr(), own[0].data_ptr())
     for query in range(queries):
-        one(x[query].data_ptr(), rows.data_ptr(), shared[1, query].data_ptr(), own[1, query].data_ptr())
-    assert torch.equal(*shared) and torch.equal(*own)
-    scores = 0.5 * x @ rows.float().T
-    torch.testing.assert_close(shared[0, :, 1:11], scores[:, 1:])
-    torch.testing.assert_close(own[0], scores[:, 1:] @ rows[1:, :32].float())
+        rows = (shared[1, query].data_ptr(), own[1, query].data_ptr())
+        one(x[query].data_ptr(), keys.data_ptr(), slots.data_ptr(), *rows)
+    scores = 0.5 * x @ slots.float().T
+    torch.testing.assert_close(shared[1], scores)
+    begin, end = 5 // width * width, -(-59 // width) * width  # whole vectors
+    assert torch.equal(shared[0, :, begin:end], shared[1, :, begin:end])
+    assert (shared[0, :, :begin] == 7).all() and (shared[0, :, end:] == 7).all()
+    assert torch.equal(*own) and not own[:, :, width:].any()
+    torch.testing.assert_close(own[0, :, :width], scores[:, 5:59] @ slots[5:59, :width].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_are_written_and_copied_slot_by_slot(dtype: torch.dtype) -> None:
+    tag = np.float32(0) if dtype == torch.float32 else np.uint16(0)
+    key, block = torch.randn(48), torch.full((48, KEY_BLOCK), 7.0).to(dtype)
+
+    @njit
+    def write(key: int, block: int, step: int) -> None:
+        spread_row(tag, block + 3 * step, key, 48)
+        copy_key(tag, block + 60 * step, block + 3 * step, 48)
+
+    write(key.data_ptr(), block.data_ptr(), block.itemsize)
+    assert torch.equal(block[:, 3], key.to(dtype)) and torch.equal(block[:, 60], key.to(dtype))
+    assert (block[:, [*range(3), *range(4, 60), *range(61, 64)]] == 7).all()
 
 
 @pytest.mark.parametrize(("kinds", "flips"), [(SMALL, 0), (WHOLE, 2)])

@@ -131,3 +131,9 @@ def save_prompts(path: Path, count: int = 60) -> Path:
     lines = [json.dumps({"turns": [" ".join(choose.choices(words, k=3))]}) for _ in range(count)]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def cached(cache: Any, end: int, first: int = 0) -> list[Any]:
+    """What slots ``first .. end - 1`` of a key/value cache hold: of each layer keys and values ``[B, Hkv, slots, hd]``."""
+    layers = (cache.read(layer, end) for layer in range(len(cache.keys)))
+    return [part[:, :, first:] for layer in layers for part in layer]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.kernels.attention_tiles import TOGETHER, VECTORS, mix_tile, score_tile
+from engine.kernels.attention_tiles import LANES, TOGETHER, mix_tile, score_alone, score_tile, vectors_of
 from engine.kernels.compiling import compiled
 from engine.kernels.control import (
     ATTENTION_CHUNK as CHUNK,
@@ -50,10 +50,56 @@ _FLOAT32 = np.float32(0.0)
 _MINUS_INFINITY = np.float32(-np.inf)
 _HEADER = 16  # floats of a record before its weighted values: best score, sum of weights
 
-_s1, _s2, _s3, _s4 = (score_tile(queries) for queries in (1, 2, 3, 4))
-_m1, _m2, _m3, _m4 = (mix_tile(queries, VECTORS) for queries in (1, 2, 3, 4))
-_WIDTH = 16 * VECTORS
-_narrow = mix_tile(1, 1)
+_narrow = mix_tile(1, 2, 8)
+
+
+def _scorer(queries: int) -> Any:
+    """For some of a chunk's slots; ``_score`` says of what. Few of them are not worth whole width."""
+    whole, part, few = score_tile(queries, vectors_of(queries)), score_tile(queries, 2), 2 * LANES
+
+    @compiled
+    def run(
+        kv: Any, x: int, keys: int, begin: int, end: int, size: int, scores: int, ahead: int
+    ) -> None:  # fmt: skip
+        scale = scale_of(size)
+        if end - begin // few * few > few:
+            whole(kv, x, 4 * size, keys, begin, end, size, scale, scores, 4 * CHUNK, ahead)
+        else:
+            part(kv, x, 4 * size, keys, begin, end, size, scale, scores, 4 * CHUNK, ahead)
+
+    return run
+
+
+def _mixer(queries: int) -> Any:
+    """For values of any size; ``_mix`` says of what."""
+    tile, width = mix_tile(queries, vectors_of(queries)), LANES * vectors_of(queries)
+
+    @compiled
+    def run(
+        kv: Any, kv_size: int, weights: int, values: int, begin: int, end: int, size: int, out: int, out_step: int,
+        ahead: int,
+    ) -> None:  # fmt: skip
+        step, whole = size * kv_size, size // width * width
+        for at in range(0, whole, width):
+            tile(
+                kv, weights, 4 * CHUNK, values + at * kv_size, step, begin, end, out + 4 * at, out_step, ahead
+            )
+        for one in range(queries):
+            for at in range(whole, size, 16):
+                source, target = values + at * kv_size, out + one * out_step + 4 * at
+                _narrow(kv, weights + 4 * one * CHUNK, 0, source, step, begin, end, target, 0, 0)
+
+    return run
+
+
+@compiled
+def scale_of(size: int) -> float:
+    """What scores are multiplied by, for heads of ``size``."""
+    return np.float32(1.0) / np.sqrt(np.float32(size))
+
+
+_s1, _s2, _s3, _s4, _s5 = (_scorer(queries) for queries in range(1, TOGETHER + 1))
+_m1, _m2, _m3, _m4, _m5 = (_mixer(queries) for queries in range(1, TOGETHER + 1))
 
 
 @compiled
@@ -95,18 +141,20 @@ def attend_chunk(
     group: int,
     chunk: int,
     records: int,
+    ahead: int,
 ) -> None:
     """One chunk of one head of keys and values, for all its queries of ``count`` rows from ``first`` on."""
     each = get_i64(control + 8 * HEADS) // get_i64(control + 8 * KV_HEADS)
     size, low, record_bytes = get_i64(control + 8 * HEAD_DIM), chunk * CHUNK, record_size(control)
     step = size * kv_size
-    slot = (group * get_i64(control + 8 * CAPACITY) + low) * step
-    keys, values = get_i64(layer + 8 * KEYS) + slot, get_i64(layer + 8 * VALUES) + slot
+    head = group * get_i64(control + 8 * CAPACITY) * step
+    keys, values = get_i64(layer + 8 * KEYS) + head, get_i64(layer + 8 * VALUES) + head + low * step
+    block = keys + key_offset(low, size, kv_size)
     window, positions = get_i64(layer + 8 * WINDOW), get_i64(own + 8 * OWN_POSITIONS) + 8 * first
     slots = get_i64(own + 8 * OWN_SLOTS) + 8 * first
     queries, scores = get_i64(own + 8 * OWN_QUERIES), get_i64(own + 8 * OWN_SCORES)
     for query in range(0, count * each, TOGETHER):
-        many = min(TOGETHER, count * each - query)
+        many, further = min(TOGETHER, count * each - query), ahead if query == 0 else 0
         # What some of these queries see of the chunk, and what all of them do.
         some_begin, some_end, all_begin, all_end = CHUNK, 0, 0, CHUNK
         for one in range(query, query + many):
@@ -117,7 +165,7 @@ def attend_chunk(
             all_begin, all_end = max(all_begin, begin), min(all_end, shared)
         if all_begin >= all_end:
             all_begin, all_end = CHUNK, CHUNK
-        _score(kv, many, queries + 4 * query * size, keys, step, some_begin, some_end, size, scores)
+        _score(kv, many, queries + 4 * query * size, block, some_begin, some_end, size, scores, further)
         # What not all see is added alone: of a slot that a row does not see not even zero times a value may come.
         for one in range(many):
             weights, record = scores + 4 * one * CHUNK, records + (query + one) * record_bytes
@@ -126,37 +174,47 @@ def attend_chunk(
             apart = _apart(get_i64(positions + 8 * row), get_i64(slots + 8 * row), low)
             if apart != 0:
                 single = queries + 4 * (query + one) * size
-                _score(kv, 1, single, keys + apart * step, step, end - 1, end, size, weights)
+                key = keys + key_offset(low + end - 1 + apart, size, kv_size)
+                put_f32(weights + 4 * (end - 1), score_alone(kv, single, key, size, scale_of(size)))
             _weigh(weights, begin, end, record)
             mixed, shared = record + 4 * _HEADER, end - 1 if apart != 0 else end
             fill_row(mixed, _FLOAT32, size)
-            _mix(kv, kv_size, 1, weights, values, begin, min(all_begin, shared), size, mixed, 0)
+            _mix(kv, kv_size, 1, weights, values, begin, min(all_begin, shared), size, mixed, 0, 0)
         mixed = records + query * record_bytes + 4 * _HEADER
-        _mix(kv, kv_size, many, scores, values, all_begin, all_end, size, mixed, record_bytes)
+        _mix(kv, kv_size, many, scores, values, all_begin, all_end, size, mixed, record_bytes, further)
         for one in range(many):
             row = (query + one) // each
             _, end = _seen(get_i64(positions + 8 * row), window, low)
             apart = _apart(get_i64(positions + 8 * row), get_i64(slots + 8 * row), low)
             weights, own_mixed = scores + 4 * one * CHUNK, mixed + one * record_bytes
             shared = end - 1 if apart != 0 else end
-            _mix(kv, kv_size, 1, weights, values, all_end, shared, size, own_mixed, 0)
-            _mix(kv, kv_size, 1, weights, values + apart * step, shared, end, size, own_mixed, 0)
+            _mix(kv, kv_size, 1, weights, values, all_end, shared, size, own_mixed, 0, 0)
+            _mix(kv, kv_size, 1, weights, values + apart * step, shared, end, size, own_mixed, 0, 0)
+
+
+@compiled
+def key_offset(slot: int, size: int, kv_size: int) -> int:
+    """Bytes from a head's first key to the first dimension of the key in ``slot``; the others follow ``CHUNK`` numbers
+    apart."""
+    return (slot // CHUNK * CHUNK * size + slot % CHUNK) * kv_size
 
 
 @compiled
 def _score(
-    kv: Any, many: int, queries: int, keys: int, step: int, begin: int, end: int, size: int, scores: int
+    kv: Any, many: int, queries: int, keys: int, begin: int, end: int, size: int, scores: int, ahead: int
 ) -> None:
-    """Slots ``begin .. end - 1`` of the chunk, for ``many`` queries, to ``scores [many, CHUNK]``."""
-    scale = np.float32(1.0) / np.sqrt(np.float32(size))
-    if many == 4:
-        _s4(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+    """Slots ``begin .. end - 1`` of the chunk, and maybe ones beside them, for ``many`` queries, to ``scores [many,
+    CHUNK]``."""
+    if many == 5:
+        _s5(kv, queries, keys, begin, end, size, scores, ahead)
+    elif many == 4:
+        _s4(kv, queries, keys, begin, end, size, scores, ahead)
     elif many == 3:
-        _s3(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+        _s3(kv, queries, keys, begin, end, size, scores, ahead)
     elif many == 2:
-        _s2(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+        _s2(kv, queries, keys, begin, end, size, scores, ahead)
     else:
-        _s1(kv, queries, 4 * size, keys, step, begin, end, size, scale, scores, 4 * CHUNK)
+        _s1(kv, queries, keys, begin, end, size, scores, ahead)
 
 
 @compiled
@@ -184,25 +242,21 @@ def _mix(
     size: int,
     out: int,
     out_step: int,
+    ahead: int,
 ) -> None:
     """Add the weighted values of slots ``begin .. end - 1`` of the chunk to ``many`` queries' ``out``."""
     if begin >= end:
         return
-    step, whole = size * kv_size, size // _WIDTH * _WIDTH
-    for at in range(0, whole, _WIDTH):
-        source, target = values + at * kv_size, out + 4 * at
-        if many == 4:
-            _m4(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
-        elif many == 3:
-            _m3(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
-        elif many == 2:
-            _m2(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
-        else:
-            _m1(kv, weights, 4 * CHUNK, source, step, begin, end, target, out_step)
-    if whole < size:
-        for one in range(many):
-            source, target = values + whole * kv_size, out + one * out_step + 4 * whole
-            _narrow(kv, weights + 4 * one * CHUNK, 0, source, step, begin, end, target, 0)
+    if many == 5:
+        _m5(kv, kv_size, weights, values, begin, end, size, out, out_step, ahead)
+    elif many == 4:
+        _m4(kv, kv_size, weights, values, begin, end, size, out, out_step, ahead)
+    elif many == 3:
+        _m3(kv, kv_size, weights, values, begin, end, size, out, out_step, ahead)
+    elif many == 2:
+        _m2(kv, kv_size, weights, values, begin, end, size, out, out_step, ahead)
+    else:
+        _m1(kv, kv_size, weights, values, begin, end, size, out, out_step, ahead)
 
 
 @compiled

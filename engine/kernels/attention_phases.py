@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from engine.kernels.adapter_phases import add_raised, lower
-from engine.kernels.attention_chunks import attend_chunk, first_seen, join_chunks, record_size
+from engine.kernels.attention_chunks import attend_chunk, first_seen, join_chunks, key_offset, record_size
+from engine.kernels.attention_tiles import spread_row
 from engine.kernels.barrier import take, wait
 from engine.kernels.compiling import compiled
 from engine.kernels.control import (
@@ -26,6 +27,7 @@ from engine.kernels.control import (
 from engine.kernels.control import (
     CAPACITY,
     COS,
+    CREW,
     EPS,
     HEAD_DIM,
     HEADS,
@@ -43,13 +45,15 @@ from engine.kernels.control import (
     Q_NORM,
     QKV,
     QKV_BUFFER,
+    RANK_FIELDS,
+    RANKS,
     RECORDS,
     SIN,
     VALUES,
     WHOLE_NORM,
     WINDOW,
 )
-from engine.kernels.intrinsics import dot, get_f32, get_i64, put_f32
+from engine.kernels.intrinsics import ask_for, dot, get_f32, get_i64, put_f32
 from engine.kernels.parts import join_parts, parts_left
 from engine.kernels.rows import (
     narrow_row,
@@ -59,6 +63,42 @@ from engine.kernels.rows import (
 )
 
 _FLOAT32 = np.float32(0.0)
+
+
+@compiled
+def _chunks_seen(own: int, layer: int, first: int, count: int) -> tuple[int, int]:
+    """The first of the chunks that ``count`` rows from ``first`` on see some slots of, and how many they are."""
+    positions, window = get_i64(own + 8 * OWN_POSITIONS) + 8 * first, get_i64(layer + 8 * WINDOW)
+    lowest, highest = get_i64(positions), 0
+    for row in range(count):
+        lowest = min(lowest, first_seen(get_i64(positions + 8 * row), window))
+        highest = max(highest, get_i64(positions + 8 * row))
+    return lowest // CHUNK, highest // CHUNK + 1 - lowest // CHUNK
+
+
+@compiled
+def _place(control: int, kv_size: int, task: int, begin: int, chunks: int) -> int:
+    """Bytes from a layer's keys to those of a task, and from its values."""
+    slot = task // chunks * get_i64(control + 8 * CAPACITY) + (begin + task % chunks) * CHUNK
+    return slot * get_i64(control + 8 * HEAD_DIM) * kv_size
+
+
+@compiled
+def _first_task(control: int, own: int, tasks: int, further: int) -> int:
+    """The first that :func:`engine.kernels.barrier.take` gives to this thread, or to one ``further`` on."""
+    rank = (own - control - 8 * RANKS) // (8 * RANK_FIELDS)
+    return (rank + further) * tasks // get_i64(own + 8 * CREW)
+
+
+@compiled
+def ask_for_first(kv_size: int, control: int, own: int, layer: int) -> None:
+    """Have the keys and values of this thread's first task on their way before attention begins."""
+    begin, chunks = _chunks_seen(own, layer, 0, min(ROWS_AT_ONCE, get_i64(own + 8 * OWN_ROWS)))
+    task = _first_task(control, own, get_i64(control + 8 * KV_HEADS) * chunks, 0)
+    place = _place(control, kv_size, task, begin, chunks)
+    count = CHUNK * get_i64(control + 8 * HEAD_DIM) * kv_size
+    ask_for(get_i64(layer + 8 * KEYS) + place, count)
+    ask_for(get_i64(layer + 8 * VALUES) + place, count)
 
 
 @compiled
@@ -74,18 +114,14 @@ def attention_phase(
     rows, window = get_i64(own + 8 * OWN_ROWS), get_i64(layer + 8 * WINDOW)
     for first in range(0, rows, ROWS_AT_ONCE):
         count = min(ROWS_AT_ONCE, rows - first)
-        positions = get_i64(own + 8 * OWN_POSITIONS) + 8 * first
-        lowest, highest = get_i64(positions), 0
-        for row in range(count):
-            lowest = min(lowest, first_seen(get_i64(positions + 8 * row), window))
-            highest = max(highest, get_i64(positions + 8 * row))
-        begin, chunks = lowest // CHUNK, highest // CHUNK + 1 - lowest // CHUNK
+        begin, chunks = _chunks_seen(own, layer, first, count)
         # Two buffers by turns: others may still be joining what these tasks made of the rows before.
         records = get_i64(control + 8 * (RECORDS + get_i64(own + 8 * PHASE) % 2))
         step = (
             count * (get_i64(control + 8 * HEADS) // get_i64(control + 8 * KV_HEADS)) * record_size(control)
         )
         tasks = get_i64(control + 8 * KV_HEADS) * chunks
+        last = _first_task(control, own, tasks, 1) - 1  # of this thread's own
         prepared = -1
         task = take(control, own, tasks)
         while task >= 0:
@@ -94,7 +130,12 @@ def attention_phase(
                 _prepare_queries(control, own, layer, adapter, first, count, group)
                 prepared = group
             _write_cache(kv, kv_size, control, own, layer, first, count, group, chunk)
-            attend_chunk(kv, kv_size, control, own, layer, first, count, group, chunk, records + task * step)
+            # The next task's keys and values are asked for meanwhile.
+            here = _place(control, kv_size, task, begin, chunks)
+            ahead = _place(control, kv_size, task + 1, begin, chunks) - here if task < last else 0
+            attend_chunk(
+                kv, kv_size, control, own, layer, first, count, group, chunk, records + task * step, ahead
+            )
             task = take(control, own, tasks)
         wait(control, own)
         join_chunks(tag, control, own, window, first, count, begin, chunks, records)
@@ -167,15 +208,15 @@ def _write_cache(
         if slot < 0 or position // CHUNK != chunk:
             continue
         source = get_i64(control + 8 * QKV_BUFFER) + 4 * (row * width + (heads + group) * size)
-        place = (group * capacity + slot) * size * kv_size
+        head = group * capacity * size * kv_size
         join_parts(scratch, source, part_step, parts, size)
         if whole:
             factor = get_f32(get_i64(own + 8 * OWN_FACTORS) + 8 * row + 4)
             scale_row(scratch, scratch, norm + 4 * group * size, factor, size)
         _turn(control, scratch, 0 if whole else norm, position)
-        narrow_row(kv, get_i64(layer + 8 * KEYS) + place, scratch, size)
+        spread_row(kv, get_i64(layer + 8 * KEYS) + head + key_offset(slot, size, kv_size), scratch, size)
         join_parts(scratch, source + 4 * kv_heads * size, part_step, parts, size)
-        narrow_row(kv, get_i64(layer + 8 * VALUES) + place, scratch, size)
+        narrow_row(kv, get_i64(layer + 8 * VALUES) + head + slot * size * kv_size, scratch, size)
 
 
 @compiled

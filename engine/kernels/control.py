@@ -5,6 +5,8 @@ Only names: Python fills the block, and the compiled code reads it (:mod:`engine
 
 from __future__ import annotations
 
+from engine.models.kv_cache import KEY_BLOCK
+
 # In int64 fields; what several threads write or wait for has cache lines of its own.
 # The number of the command times MOST_THREADS, and how many threads it is for: read together.
 SEQUENCE = 0
@@ -47,7 +49,7 @@ RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.
 LINEAR_FIELDS = 6
 WEIGHT, SCALES, BIAS, OUTPUTS, INPUTS, PARTS = range(LINEAR_FIELDS)
-ATTENTION_CHUNK, ATTENTION_ROWS = 64, 8  # slots, and rows, of an attention task
+ATTENTION_CHUNK, ATTENTION_ROWS = KEY_BLOCK, 8  # slots, and rows, of an attention task
 BLOCK = 32  # outputs of a task, of any format
 
 # A layer's record: norms, window (0: none), cache, then four linears.

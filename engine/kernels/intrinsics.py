@@ -118,6 +118,11 @@ def _lanes(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
 
+def pick(builder: Any, vector: Any, lanes: list[int]) -> Any:
+    """Some lanes of a vector, in that order."""
+    return _lanes(builder, vector, None, lanes)
+
+
 def lanes_of(builder: Any, vector: Any, first: int, count: int, step: int = 1) -> Any:
     """``count`` lanes of a vector, every ``step``-th from ``first`` on."""
     return _lanes(builder, vector, None, list(range(first, first + step * count, step)))
@@ -151,6 +156,18 @@ def prefetch(builder: Any, address: Any, keep: bool) -> None:
     kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
     builder.call(function, [pointer(builder, address, I8), I32(0), I32(locality), I32(1)])
+
+
+@intrinsic
+def ask_for(typingctx: Any, address: Any, count: Any) -> Any:
+    """Have the cache lines of ``count`` bytes on their way into the second-level cache."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        with cgutils.for_range_slice(builder, I64(0), args[1], I64(64), I64) as (index, _):
+            prefetch(builder, offset(builder, args[0], index), keep=True)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.kernels.adapter_phases import add_raised, add_raised_rows, lower
-from engine.kernels.attention_phases import attention_phase
+from engine.kernels.attention_phases import ask_for_first, attention_phase
 from engine.kernels.barrier import take, wait
 from engine.kernels.compiling import compiled
 from engine.kernels.control import (
@@ -170,6 +170,7 @@ def attend_layer(
     norm_rows(control, own, get_i64(layer + 8 * ATTN_NORM))
     if beside != 0:
         lower(own, beside, x + first, last)
+    ask_for_first(kv_size, control, own, layer)
     matmul_phase(tag, control, own, layer + 8 * QKV, x, rows, get_i64(control + 8 * QKV_BUFFER))
     attention_phase(tag, kv, kv_size, control, own, layer, x, query)
     between, extras = (

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.kernels.attention_chunks import key_offset
+from engine.kernels.attention_tiles import copy_key
 from engine.kernels.barrier import SPINS
 from engine.kernels.compiling import compile_entry_points, compiled
 from engine.kernels.control import (
@@ -120,14 +122,19 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
         atomic_put(control + 8 * SEQUENCE, number * MOST_THREADS + get_i64(control + 8 * THREADS))
 
     def copy_slot(control: int, layers: int, source: int, target: int) -> None:
-        size = get_i64(control + 8 * HEAD_DIM) * kv_size
+        size = get_i64(control + 8 * HEAD_DIM)
         heads, capacity = get_i64(control + 8 * KV_HEADS), get_i64(control + 8 * CAPACITY)
         for index in range(layers):
             layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
-            for field in (KEYS, VALUES):
-                for head in range(heads):
-                    first = get_i64(layer + 8 * field) + head * capacity * size
-                    for word in range(0, size, 8):
-                        put_i64(first + target * size + word, get_i64(first + source * size + word))
+            for head in range(heads):
+                keys = get_i64(layer + 8 * KEYS) + head * capacity * size * kv_size
+                old, new = key_offset(source, size, kv_size), key_offset(target, size, kv_size)
+                copy_key(kv, keys + new, keys + old, size)
+                values = get_i64(layer + 8 * VALUES) + head * capacity * size * kv_size
+                for word in range(0, size * kv_size, 8):
+                    put_i64(
+                        values + target * size * kv_size + word,
+                        get_i64(values + source * size * kv_size + word),
+                    )
 
     return compile_entry_points(work, publish, copy_slot)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.attention import attend, attend_prefill
+from engine.models.attention import PREFILL_BLOCK, attend, attend_prefill
 from engine.models.config import ModelConfig
 from engine.models.feed_forward import ExpertSource, FeedForward, MixtureOfExperts
 from engine.models.kv_cache import KVCache
@@ -196,12 +196,13 @@ class Decoder:
         layer, config, cache, slots = self.layers[index], self.config, place.cache, place.num_slots
         x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
         q, k, v = self.project_qkv(index, x, place.cos, place.sin)
-        write_cache(cache, index, place.positions if place.slots is None else place.slots, k, v)
-        keys, values, window = cache.keys[index], cache.values[index], config.sliding_window(index)
+        cache.write(index, place.positions if place.slots is None else place.slots, k, v)
+        window = config.sliding_window(index)
         if place.start is None:
-            mixed = attend(q, keys[:, :, :slots], values[:, :, :slots], place.positions, window, place.slots)
+            mixed = attend(q, *cache.read(index, slots), place.positions, window, place.slots)
         else:
-            mixed = attend_prefill(q, keys, values, place.start, window)
+            reach = -(-slots // PREFILL_BLOCK) * PREFILL_BLOCK
+            mixed = attend_prefill(q, *cache.read(index, reach), place.start, window)
         return hidden + layer.o(mixed)
 
     def normed(self, index: int, hidden: Tensor) -> Tensor:
@@ -242,10 +243,3 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x if x.dtype == torch.float64 else x.float()
     wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return weight.to(x.dtype) * wide.to(x.dtype)
-
-
-def write_cache(cache: KVCache, index: int, positions: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write k, v ``[B, T, Hkv, hd]`` into layer ``index`` at ``positions [B, T]``."""
-    batch = torch.arange(positions.shape[0], device=positions.device)[:, None]
-    cache.keys[index][batch, :, positions] = k.to(cache.keys[index].dtype)
-    cache.values[index][batch, :, positions] = v.to(cache.values[index].dtype)

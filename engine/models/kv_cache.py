@@ -12,12 +12,16 @@ from torch import Tensor
 from engine.errors import OutOfMemoryError
 from engine.models.config import ModelConfig
 
+KEY_BLOCK = 64  # slots
+
 
 class KVCache:
-    """Keys and values of every layer.
+    """Keys and values of every layer. What is read a step at a time by the CPU, that is of one sequence, has its keys in
+    blocks of ``KEY_BLOCK`` slots, in each of which a dimension's numbers lie slot beside slot: as the kernels add them up.
 
     Attributes:
-        keys: per layer ``[B, Hkv, S, hd]``, rotary embedding already applied.
+        keys: per layer ``[B, Hkv, S, hd]``, or in blocks, ``[B, Hkv, S / KEY_BLOCK, hd, KEY_BLOCK]``; rotary embedding
+            already applied. :meth:`read` and :meth:`write` know which.
         values: per layer ``[B, Hkv, S, hd]``.
         length: positions ``[0, length)`` hold verified content; assign a smaller value to roll back.
         capacity: ``S``.
@@ -39,6 +43,7 @@ class KVCache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self._batch, self._dtype, self._device = batch, dtype, device
+        self._in_blocks = batch == 1 and torch.device(device).type == "cpu"
         self._allocate(_round_up(max(1, min(capacity, config.context_length))))
 
     def ensure(self, num_positions: int) -> None:
@@ -50,10 +55,34 @@ class KVCache:
         if num_positions > self.capacity:
             self._allocate(_round_up(max(num_positions, min(2 * self.capacity, self.config.context_length))))
 
+    def read(self, index: int, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of layer ``index`` in the first slots, each ``[B, Hkv, num_slots, hd]``; keys in blocks are
+        copied."""
+        keys, values = self.keys[index], self.values[index][:, :, :num_slots]
+        if self._in_blocks:
+            blocks = keys[:, :, : -(-num_slots // KEY_BLOCK)]
+            return blocks.transpose(-1, -2).flatten(2, 3)[:, :, :num_slots], values
+        return keys[:, :, :num_slots], values
+
+    def write(self, index: int, slots: Tensor, k: Tensor, v: Tensor, first: int = 0) -> None:
+        """Write k, v ``[B, T, Hkv, hd]`` into layer ``index``, in ``slots`` ``[B, T]`` of sequences from ``first`` on."""
+        keys, values = self.keys[index], self.values[index]
+        batch = torch.arange(first, first + slots.shape[0], device=slots.device)[:, None]
+        if self._in_blocks:
+            keys[batch, :, slots // KEY_BLOCK, :, slots % KEY_BLOCK] = k.to(keys.dtype)
+        else:
+            keys[batch, :, slots] = k.to(keys.dtype)
+        values[batch, :, slots] = v.to(values.dtype)
+
     def copy_slot(self, source: int, target: int) -> None:
         """What slot ``source`` holds, into slot ``target``."""
-        for part in (*self.keys, *self.values):
-            part[:, :, target] = part[:, :, source]
+        for keys, values in zip(self.keys, self.values, strict=True):
+            if self._in_blocks:
+                old = keys[:, :, source // KEY_BLOCK, :, source % KEY_BLOCK]
+                keys[:, :, target // KEY_BLOCK, :, target % KEY_BLOCK] = old
+            else:
+                keys[:, :, target] = keys[:, :, source]
+            values[:, :, target] = values[:, :, source]
 
     @property
     def nbytes(self) -> int:
@@ -61,29 +90,31 @@ class KVCache:
 
     def _allocate(self, capacity: int) -> None:
         config = self.config
-        shape = (self._batch, config.num_kv_heads, capacity, config.head_dim)
+        heads, size = (self._batch, config.num_kv_heads), config.head_dim
+        shape = (*heads, capacity, size)
+        blocks = (*heads, capacity // KEY_BLOCK, size, KEY_BLOCK) if self._in_blocks else shape
         try:
             # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN would not be zero.
-            fresh = [
-                torch.zeros(shape, dtype=self._dtype, device=self._device)
-                for _ in range(2 * config.num_layers)
-            ]
+            keys, values = (
+                [torch.zeros(form, dtype=self._dtype, device=self._device) for _ in range(config.num_layers)]
+                for form in (blocks, shape)
+            )
         except (RuntimeError, MemoryError) as error:
             raise OutOfMemoryError(
                 f"There is not enough memory for a context of {capacity} tokens; "
                 "start a new chat or close other programs."
             ) from error
-        self.move(fresh[: config.num_layers], fresh[config.num_layers :])
+        self.move(keys, values)
 
     def move(self, keys: list[Tensor], values: list[Tensor]) -> None:
         """Go on in other tensors, at least as large; what is there is copied."""
         for new, old in zip((*keys, *values), (*self.keys, *self.values), strict=False):
-            new[:, :, : self.capacity] = old
+            new[:, :, : old.shape[2]] = old
         self.keys, self.values = keys, values
-        self.capacity = keys[0].shape[2]
+        self.capacity = values[0].shape[2]
         self.generation += 1
 
 
-def _round_up(n: int, multiple: int = 64) -> int:
-    """Attention works on whole blocks of 16 or 64 keys (batch invariance), so capacity is a multiple too."""
-    return -(-n // multiple) * multiple
+def _round_up(n: int) -> int:
+    """Attention works on whole blocks of keys (batch invariance), so capacity is a multiple too."""
+    return -(-n // KEY_BLOCK) * KEY_BLOCK

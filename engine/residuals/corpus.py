@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.decoder import Decoder, rms_norm, write_cache
+from engine.models.decoder import Decoder, rms_norm
 from engine.models.kv_cache import KVCache
 
 
@@ -165,8 +165,7 @@ def _prefill(decoder: Decoder, cache: KVCache, rows: slice, tokens: Tensor) -> N
         layer = decoder.layers[index]
         x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
         q, k, v = decoder.project_qkv(index, x, cos, sin)
-        cache.keys[index][rows, :, : tokens.shape[1]] = k.transpose(1, 2)
-        cache.values[index][rows, :, : tokens.shape[1]] = v.transpose(1, 2)
+        cache.write(index, positions, k, v, rows.start)
         hidden = hidden + layer.o(causal_attention(q, k, v))
         x = rms_norm(hidden, layer.mlp_norm, config.norm_eps)
         hidden = hidden + decoder.layers[index].ffn(x)
@@ -185,11 +184,11 @@ def _decode_rows(
         layer = decoder.layers[index]
         x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
         q, k, v = decoder.project_qkv(index, x, cos, sin)
-        write_cache(cache, index, where, k, v)
+        cache.write(index, where, k, v)
         # The query heads of one KV head are the rows of one attention problem: no head is repeated.
         grouped = q.view(q.shape[0], config.num_kv_heads, config.group_size, config.head_dim)
         mask = visible.expand(-1, config.num_kv_heads, config.group_size, -1)
-        keys, values = (part[index][:, :, : len(slots)] for part in (cache.keys, cache.values))
+        keys, values = cache.read(index, len(slots))
         # One query for each of thousands of rows: two plain products are faster there than a fused attention, which is
         # made for many queries of one row.
         scores = (grouped @ keys.transpose(-1, -2)) * config.head_dim**-0.5

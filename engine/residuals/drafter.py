@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.decoding.ranking import Candidates, Rank, Ranked, likeliest
 from engine.models.attention import attend
-from engine.models.decoder import Decoder, rms_norm, write_cache
+from engine.models.decoder import Decoder, rms_norm
 from engine.models.feed_forward import MixtureOfExperts
 from engine.models.graph_stepper import GraphStepper
 from engine.models.kv_cache import KVCache
@@ -156,9 +156,8 @@ class TorchDrafter:
         width = config.num_heads * config.head_dim
         mixed[:, 1:, :width] += adapters.q(x[:, 1:])
         q, k, v = decoder.split_qkv(index, mixed, cos, sin)
-        write_cache(cache, index, here, k[:, :1], v[:, :1])
-        keys, values = cache.keys[index][:, :, :slots], cache.values[index][:, :, :slots]
-        attended = attend(q, keys, values, here.expand(1, 2), config.sliding_window(index))
+        cache.write(index, here, k[:, :1], v[:, :1])
+        attended = attend(q, *cache.read(index, slots), here.expand(1, 2), config.sliding_window(index))
         out = layer.o(attended)
         out[:, 1:] += adapters.o(attended[:, 1:])
         rows = rows + out

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.store import Key
 from engine.models.attention import attend
-from engine.models.decoder import Decoder, Place, rms_norm, write_cache
+from engine.models.decoder import Decoder, Place, rms_norm
 from engine.models.feed_forward import MixtureOfExperts
 from engine.residuals.expert_stream import ExpertStream
 
@@ -47,10 +47,9 @@ class StreamedDecoder(Decoder):
         cache, slots, twice = place.cache, place.num_slots, place.positions.repeat(1, 2)
         q, k, v = self.project_qkv(index, x, *self.rope.rows(twice))
         written = place.positions if place.slots is None else place.slots
-        write_cache(cache, index, written, k[:, :num_rows], v[:, :num_rows])
-        keys, values = cache.keys[index][:, :, :slots], cache.values[index][:, :, :slots]
+        cache.write(index, written, k[:, :num_rows], v[:, :num_rows])
         own = None if place.slots is None else place.slots.repeat(1, 2)
-        out = layer.o(attend(q, keys, values, twice, config.sliding_window(index), own))
+        out = layer.o(attend(q, *cache.read(index, slots), twice, config.sliding_window(index), own))
         out[:, num_rows:] += adapters.attention(x[:, num_rows:])
         both = both + out
         self.state = both[:, num_rows:]
