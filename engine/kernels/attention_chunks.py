@@ -54,7 +54,7 @@ _narrow = mix_tile(1, 2, 8)
 
 
 def _scorer(queries: int) -> Any:
-    """For some of a chunk's slots; ``_score`` says of what. Few of them are not worth whole width."""
+    """``_score`` for so many; few slots are not worth the whole width."""
     whole, part, few = score_tile(queries, vectors_of(queries)), score_tile(queries, 2), 2 * LANES
 
     @compiled
@@ -71,7 +71,7 @@ def _scorer(queries: int) -> Any:
 
 
 def _mixer(queries: int) -> Any:
-    """For values of any size; ``_mix`` says of what."""
+    """``_mix`` for so many."""
     tile, width = mix_tile(queries, vectors_of(queries)), LANES * vectors_of(queries)
 
     @compiled
@@ -143,7 +143,8 @@ def attend_chunk(
     records: int,
     ahead: int,
 ) -> None:
-    """One chunk of one head of keys and values, for all its queries of ``count`` rows from ``first`` on."""
+    """One chunk of one head of keys and values, for all its queries of ``count`` rows from ``first`` on. What lies ``ahead``
+    bytes behind its keys and values is on its way then."""
     each = get_i64(control + 8 * HEADS) // get_i64(control + 8 * KV_HEADS)
     size, low, record_bytes = get_i64(control + 8 * HEAD_DIM), chunk * CHUNK, record_size(control)
     step = size * kv_size

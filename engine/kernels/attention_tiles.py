@@ -36,7 +36,7 @@ from engine.kernels.intrinsics import (
 )  # fmt: skip
 from engine.models.kv_cache import KEY_BLOCK
 
-TOGETHER = 5  # queries of a tile at most
+TOGETHER = 5  # queries of a tile at most: as many as any processor has registers for
 
 
 def _registers() -> tuple[int, int]:
