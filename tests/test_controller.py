@@ -166,6 +166,15 @@ def test_plain_steps_of_a_busy_moment_do_not_make_drafts_look_good() -> None:
     assert controller.state().plain_seconds == pytest.approx(6.7e-3)
 
 
+def test_a_pass_from_when_the_text_was_short_says_nothing_of_a_plain_step_now() -> None:
+    controller = DepthController()
+    for _ in range(9):
+        controller.observe(RoundRecord(3, 3, 2, 1.2e-3, 2.5e-3, ((0.5, True), (0.5, False))))
+    for _ in range(200):
+        controller.observe(RoundRecord(0, 0, 1, 0.0, 3.5e-3))
+    assert controller.rate == pytest.approx(1 / 3.5e-3)
+
+
 def test_a_text_that_is_harder_than_the_others_is_drafted_less() -> None:
     """Confidences lie in this text; what all answers have taught stays as it is for the next one."""
     controller = DepthController()

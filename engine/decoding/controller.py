@@ -47,6 +47,8 @@ _WINDOW = 64  # drafting rounds that are judged together
 _EARLY = 24  # a clear loss is seen sooner
 _LOSS, _CLEAR_LOSS = 0.98, 0.88  # of the plain speed
 _PAUSE, _LONGEST_PAUSE = 48, 384  # plain rounds until drafting is tried again
+# Rounds for which a time says something about others than its own kind: a text grows, and all passes take longer.
+_RECENT = 128
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class DepthController:
         self._fixed, self._fixed_alternatives = fixed, fixed_alternatives
         self._times: dict[str, deque[float]] = {}
         self._medians: dict[str, float] = {}  # of those: a round asks for them dozens of times
+        self._noted: dict[str, int] = {}  # in which round last
         self._costs: dict[tuple[int, bool], float] = {}  # of verifications, until they are added up anew
         self._plain_seconds: float | None = None  # of a plain step, likewise
         self._luck, self._others = Calibration(), Calibration(_HIGHEST_OTHER)
@@ -281,7 +284,7 @@ class DepthController:
         except (KeyError, TypeError, ValueError, AttributeError):
             return False
         self._times, self._luck, self._others = times, luck, others
-        self._medians = {name: median(values) for name, values in times.items()}
+        self._medians, self._noted = {name: median(values) for name, values in times.items()}, {}
         self._forget_costs()
         self._next_right, self._next_seen = next_right, next_seen
         self._pause, self._paused = counts
@@ -335,7 +338,7 @@ class DepthController:
     def _note(self, name: str, seconds: float) -> None:
         times = self._times.setdefault(name, deque(maxlen=_SAMPLES))
         times.append(max(seconds, 1e-9))
-        self._medians[name] = sorted(times)[len(times) // 2]
+        self._medians[name], self._noted[name] = sorted(times)[len(times) // 2], self._rounds
         if self._rounds < _YOUNG or self._rounds % _STEADY == 0:
             self._forget_costs()
 
@@ -346,12 +349,16 @@ class DepthController:
     def _time(self, name: str) -> float | None:
         return self._medians.get(name)
 
+    def _recent(self, name: str) -> float | None:
+        """The same, unless it is old."""
+        return self._time(name) if self._rounds - self._noted.get(name, -_RECENT) < _RECENT else None
+
     def _plain(self) -> float:
         """Seconds of a plain step. There are few of them, and all may have fallen into a busy moment: passes of more rows
         bound it."""
         if self._plain_seconds is None:
             plain = self._time("plain")
-            more = [self._time(f"verify {drafts}") for drafts in range(1, self.max_drafts + 1)]
+            more = [self._recent(f"verify {drafts}") for drafts in range(1, self.max_drafts + 1)]
             self._plain_seconds = min([plain, *(time for time in more if time)]) if plain else 1.0
         return self._plain_seconds
 
@@ -371,9 +378,10 @@ class DepthController:
         # Fewer rows never cost more: a time that says so is a hiccup of the machine.
         # (Drafts from elsewhere may be more than the controller's own ever are.)
         most = max(drafts, self.max_drafts)
-        known = [self._time(f"{kind} {more}") for more in range(drafts, most + 1)]
-        if known[0] is not None:
-            return min(seconds for seconds in known if seconds is not None)
+        own = self._time(f"{kind} {drafts}")
+        if own is not None:
+            known = [self._recent(f"{kind} {more}") for more in range(drafts + 1, most + 1)]
+            return min([own, *(seconds for seconds in known if seconds is not None)])
         if dropped:
             # A first guess: about a plain step's share of the draft layers is done.
             full = self._plain() if drafts == 0 else self._verify(drafts, dropped=False)
