@@ -162,13 +162,15 @@ def _compile(names: tuple[str, ...]) -> dict[str, tuple[str, bytes]]:
 
 
 def _folder() -> Path:
-    """Named after all that the code depends on: these sources, the compilers, the CPU."""
+    """Named after all that the code depends on: these sources, the compilers, the CPU, how keys lie."""
     import llvmlite.binding as llvm
 
+    from engine.models.kv_cache import KEY_BLOCK
     from engine.paths import cache_dir
 
     cpu = [platform.machine(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
-    digest = hashlib.sha256(" ".join([version("numba"), version("llvmlite"), sys.version, *cpu]).encode())
+    others = [version("numba"), version("llvmlite"), sys.version, str(KEY_BLOCK)]
+    digest = hashlib.sha256(" ".join([*others, *cpu]).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return cache_dir() / "kernels" / digest.hexdigest()[:16]
