@@ -59,9 +59,8 @@ def score_tile(queries: int, vectors: int, lanes: int = LANES) -> Any:
     block, times ``scale``; to ``out[query][slot]``, whose rows lie ``out_step`` bytes apart. Slots beside them, as far as
     whole vectors go, get scores too. What lies ``ahead`` bytes behind those keys is asked for."""
     width = lanes * vectors
-    asked = (
-        width if vectors == vectors_of(queries) else KEY_BLOCK
-    )  # by the last of a head's tasks, for a whole one
+    # The last of a head's tasks may have few slots, and the next one all of them.
+    asked = width if vectors == vectors_of(queries) else KEY_BLOCK
 
     @intrinsic
     def tile(

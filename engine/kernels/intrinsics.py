@@ -66,16 +66,13 @@ def offset(builder: Any, address: Any, *terms: Any) -> Any:
     return address
 
 
-def widen(builder: Any, address: Any, element: Any, index: Any, lanes: int = LANES) -> Any:
-    """``lanes`` elements from ``address + index * size`` as floats; ``element`` is a numba scalar type."""
+def widen(builder: Any, address: Any, element: Any, index: Any) -> Any:
+    """16 elements from ``address + index * size`` as floats; ``element`` is a numba scalar type."""
     if element == types.float32:
-        kind = ir.VectorType(F32, lanes)
-        return load(builder, offset(builder, address, builder.mul(index, I64(4))), kind)
+        return load(builder, offset(builder, address, builder.mul(index, I64(4))), VF32)
     if element == types.uint16:  # bfloat16 bits
-        bits = load(builder, offset(builder, address, builder.mul(index, I64(2))), ir.VectorType(I16, lanes))
-        words = ir.VectorType(I32, lanes)
-        wide = builder.shl(builder.zext(bits, words), constant(_BF16_SHIFT, words))
-        return builder.bitcast(wide, ir.VectorType(F32, lanes))
+        bits = load(builder, offset(builder, address, builder.mul(index, I64(2))), ir.VectorType(I16, LANES))
+        return builder.bitcast(builder.shl(builder.zext(bits, VI32), constant(_BF16_SHIFT, VI32)), VF32)
     raise TypeError(f"no vector load for {element}")
 
 
@@ -327,21 +324,6 @@ def dot(typingctx: Any, tag: Any, x: Any, y: Any, count: Any) -> Any:
         return reduce_tree(builder, builder.load(total))
 
     return types.float32(tag, types.int64, types.int64, types.int64), codegen
-
-
-def reduce_four(builder: Any, vectors: list[Any]) -> Any:
-    """The four sums of 16 lanes, or of 8, each added up in the order of :func:`reduce_tree`."""
-
-    def halve(a: Any, b: Any, chunks: tuple[int, ...], size: int) -> Any:
-        low = [lane for chunk in chunks for lane in range(chunk, chunk + size)]
-        return builder.fadd(_lanes(builder, a, b, low), _lanes(builder, a, b, [lane + size for lane in low]))
-
-    count = vectors[0].type.count
-    left, right = (halve(a, b, (0, count), count // 2) for a, b in (vectors[:2], vectors[2:]))
-    if count == LANES:
-        left, right = (halve(pair, None, (0, 8), 4) for pair in (left, right))
-    four = halve(left, right, (0, 4, 8, 12), 2)
-    return halve(four, None, (0, 2, 4, 6), 1)
 
 
 @intrinsic

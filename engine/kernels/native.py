@@ -33,7 +33,7 @@ _TIMEOUT = 600.0  # seconds: much longer than it takes
 class Kinds:
     """Which code: dtype names that stand for the weights' format, the cache's type and the formats of draft head and
     draft layers (:mod:`engine.kernels.matmul` says which), and which models it is for: ``dense``, or with
-    ``experts``, whose code takes half as long again to compile."""
+    ``experts``, whose code takes longer to compile."""
 
     weights: str
     cache: str
