@@ -17,7 +17,7 @@ from engine.models.checkpoint import open_checkpoint
 from engine.models.decoder import Decoder
 from engine.models.feed_forward import MixtureOfExperts
 from engine.models.loader import load_decoder
-from engine.models.stepper import Stepper, TorchStepper, make_stepper
+from engine.models.stepper import Stepper, TorchStepper, forward_in_parts, make_stepper
 from engine.requests import GenerationRequest
 from tests import tiny
 from tests.test_models import (  # noqa: F401  (the same tests, on the cases below)
@@ -104,6 +104,24 @@ def test_fused_rows_are_the_same_in_any_company_and_any_prefill(folder: Path, na
         assert torch.equal(one, other)
     again = stepper.run_layers(stepper.embed(ids[-1:]), whole, 99, 0, 3)
     assert torch.equal(again[0], hidden[-1])
+
+
+@pytest.mark.parametrize("name", ["fp32", "int8", "bf16", "int4"])
+def test_a_pass_in_one_command_is_the_same_in_parts(case: Case, name: str) -> None:
+    """Fresh rows, rows some layers deep, and alternatives to others; what many rows want in common as well."""
+    decoder = load_decoder(case.folder, name)
+    if fused_unavailable(decoder):
+        pytest.skip("torch runs it")
+    stepper = make_fused_stepper(decoder)
+    ids = torch.randint(3, tiny.vocab_size(), (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    stepper.prefill(ids[:40], cache := decoder.new_cache(64))
+    for rows, depth, instead_of in [(1, 0, ()), (2, 0, ()), (3, 1, ()), (5, 2, (1, 2)), (16, 0, ())]:
+        tokens = ids[40 : 40 + rows]
+        begun = [stepper.run_layers(stepper.embed(tokens[:1]), cache, 40, 0, depth)] if depth else []
+        call = tokens[len(begun) :], cache, begun, depth, instead_of
+        hidden, logits = (each.clone() for each in stepper.forward(*call))
+        for one, other in zip((hidden, logits), forward_in_parts(stepper, *call), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "bf16"])

@@ -33,7 +33,9 @@ KEPT_LAYERS = 107  # the first so many, which draft steps read too
 # What attention gives, and this and ACT as the next matmul takes them.
 MIXED, MIXED_ROUNDED, MIXED_EXTRAS, ACT_ROUNDED, ACT_EXTRAS = range(108, 113)
 TOOK = 113  # ticks, rank 0 for the last command
-RANKS = 120  # per thread RANK_FIELDS
+# For layers with experts within a pass (:mod:`engine.kernels.expert_pass`).
+SPARSE_LAYERS, WANTED, NUM_WANTED, LEFT, SOURCES, EXPERT_OUTS, EXPERT_ACTS, GATHERED = range(114, 122)
+RANKS = 128  # per thread RANK_FIELDS
 RANK_FIELDS = 48
 (
     PHASE, SEEN, CREW, MINE, OWED, GUEST, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,
@@ -66,8 +68,18 @@ ADAPTER_FIELDS = 8 * LINEAR_FIELDS
 ROUTER_NUM_EXPERTS, ROUTER_SHARED = LINEAR_FIELDS, LINEAR_FIELDS + 1
 ROUTER_FIELDS = LINEAR_FIELDS + 2
 
+# Of each layer: its router's record, all zeros where it has no experts; the address of its experts' linears, two each;
+# their inner size; the shared expert's linears.
+SPARSE_TABLE, SPARSE_INNER, SPARSE_SHARED = range(ROUTER_FIELDS, ROUTER_FIELDS + 3)
+SPARSE_FIELDS = SPARSE_SHARED + 2 * LINEAR_FIELDS
+
 # One expert's work: its two linears, and the addresses of its inputs ``[rows, D]``, of what is between the linears
 # ``[rows, F]`` and of its outputs ``[rows, D]``.
 EXPERT_GATE_UP, EXPERT_DOWN = 0, LINEAR_FIELDS
 EXPERT_IN, EXPERT_COUNT, EXPERT_ACT, EXPERT_OUT = range(2 * LINEAR_FIELDS, 2 * LINEAR_FIELDS + 4)
 EXPERT_FIELDS = 2 * LINEAR_FIELDS + 4
+
+# An expert that some rows of a pass want: its number, where its inputs lie and how many rows they are, where what is between
+# its linears and its outputs go, and whether it has been computed.
+WANTED_NUMBER, WANTED_IN, WANTED_COUNT, WANTED_ACT, WANTED_OUT, WANTED_DONE = range(6)
+WANTED_FIELDS = 6

@@ -101,13 +101,13 @@ def run_attention(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank:
         matmul_phase(kv, control, own, router, x, rows - side, logits)
         if rank == 0:
             for row in range(rows - side):
-                _choose(control, own, router, logits, row)
+                choose_experts(control, own, router, logits, row)
     else:  # nobody may return while another still reads what the caller will write next
         wait(control, own)
 
 
 @compiled
-def _choose(control: int, own: int, router: int, logits: int, row: int) -> None:
+def choose_experts(control: int, own: int, router: int, logits: int, row: int) -> None:
     """The best experts of one row by number, ascending, and what they weigh; of equal logits the first wins."""
     outputs, num_experts = get_i64(router + 8 * OUTPUTS), get_i64(router + 8 * ROUTER_NUM_EXPERTS)
     count, shared = get_i64(control + 8 * TOP_K), get_i64(router + 8 * ROUTER_SHARED)
@@ -158,8 +158,8 @@ def run_experts(tag: Any, control: int, own: int, rank: int) -> None:
     """``NUM_EXPERTS`` experts of the records at ``EXPERTS``. If ``ADD_UP``, then ``OUT = HIDDEN + `` the sum of
     ``PLACES [places, rows, D]``, place by place, each weighted by ``WEIGHTS [rows, places]``; the last ``SIDE_ROWS``
     have ``SIDE_OUT`` added."""
-    _gate_up_phase(tag, control, own)
-    _down_phase(tag, control, own)
+    experts_gate_up_phase(tag, control, own)
+    experts_down_phase(tag, control, own)
     if rank == 0 and get_i64(control + 8 * ADD_UP) != 0:
         _add_up(control)
 
@@ -191,19 +191,19 @@ def _find(control: int, expert: int, begin: int, task: int, linear: int, halves:
 
 
 @compiled
-def _gate_up_phase(tag: Any, control: int, own: int) -> None:
+def experts_gate_up_phase(tag: Any, control: int, own: int) -> None:
     """SiLU(gate) * up of every expert; each task computes the same block of both."""
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
     pair, tasks = get_i64(own + 8 * OWN_PAIR), _all_blocks(control, EXPERT_GATE_UP, 2)
-    expert, begin, prepared, x = get_i64(control + 8 * EXPERTS), 0, 0, 0
+    expert, begin, prepared, many_prepared, x = get_i64(control + 8 * EXPERTS), 0, 0, 0, 0
     task = take(control, own, tasks)
     while task >= 0:
         expert, begin = _find(control, expert, begin, task, EXPERT_GATE_UP, 2)
         linear, rows = expert + 8 * EXPERT_GATE_UP, get_i64(expert + 8 * EXPERT_COUNT)
         size, source = get_i64(linear + 8 * OUTPUTS) // 2, get_i64(expert + 8 * EXPERT_IN)
-        if prepared != source:  # in decoding all experts take the same row
+        if prepared != source or many_prepared != rows:  # in decoding all experts take the same row
             x = prepare_rows(tag, source, rows, get_i64(linear + 8 * INPUTS), rounded, extras)
-            prepared = source
+            prepared, many_prepared = source, rows
         output = (task - begin) * BLOCK
         many = min(BLOCK, size - output)
         multiply_block(tag, linear, output, 0, x, extras, pair, 2 * BLOCK, rows)
@@ -217,7 +217,7 @@ def _gate_up_phase(tag: Any, control: int, own: int) -> None:
 
 
 @compiled
-def _down_phase(tag: Any, control: int, own: int) -> None:
+def experts_down_phase(tag: Any, control: int, own: int) -> None:
     rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
     tasks = _all_blocks(control, EXPERT_DOWN, 1)
     expert, begin, prepared, x = get_i64(control + 8 * EXPERTS), 0, 0, 0

@@ -23,6 +23,7 @@ from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
 
 _MAX_RECORDS = 128  # of a command
+_MOST_ROWS = 16  # of a pass in one command; more want most of the experts anyway
 _RECORD = struct.Struct(f"={control.EXPERT_FIELDS}q")
 
 Descriptors: TypeAlias = tuple[int, ...]  # of gate and up, and of down
@@ -67,8 +68,11 @@ class Attended:
 
 
 class FusedExpertStepper(FusedStepper):
-    """A :class:`FusedStepper` that runs layers with experts one by one: their attention part in one command, and the
-    experts in as many as it takes until all of them are in memory."""
+    """A :class:`FusedStepper` for layers with experts.
+
+    Where all of them are in memory a pass of few rows is one command. Otherwise these layers run one by one: their
+    attention part in one command, and the experts in as many as it takes until all of them are in memory.
+    """
 
     patience = 100_000  # about 2.5 ms: to wake a worker up behind every load that is waited for takes as long as the load
     shares_cores = False  # its threads often wait for the caller, or take turns with those that load experts
@@ -79,9 +83,11 @@ class FusedExpertStepper(FusedStepper):
         self._apart = {
             i for i in layers if any(decoder.config.is_sparse(j) for j in (i, i + 1) if j in layers)
         }
-        self._routers: dict[int, np.ndarray] = {}
+        self._sparse = np.zeros((len(layers), control.SPARSE_FIELDS), np.int64)
+        self._tables: list[np.ndarray] = []  # kept alive for the compiled code
         # What all rows go through: the shared expert, or a dense layer.
         self._shared: dict[int, Descriptors] = {}
+        self._all_resident = True
         self._experts: weakref.WeakKeyDictionary[FeedForward, Descriptors] = weakref.WeakKeyDictionary()
         super().__init__(decoder, num_threads)
 
@@ -114,6 +120,10 @@ class FusedExpertStepper(FusedStepper):
         depth: int = 0,
         instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
+        rows = len(begun) + len(ids)
+        if self._all_resident and self.decoder.watch is None and rows <= self._most_rows:
+            self.team.control[control.CHOSEN], self.team.control[control.WEIGHTS] = self._choices
+            return super().forward(ids, cache, begun, depth, instead_of)
         return forward_in_parts(self, ids, cache, begun, depth, instead_of)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
@@ -158,7 +168,7 @@ class FusedExpertStepper(FusedStepper):
         an accelerated stream's."""
         hidden = hidden.detach().to(torch.float32).contiguous()
         rows, size = hidden.shape
-        ffn, router = self.decoder.layers[index].ffn, self._routers.get(index)
+        ffn, router = self.decoder.layers[index].ffn, self._sparse[index]
         routed = ffn.config.num_experts_per_tok if isinstance(ffn, MixtureOfExperts) else 0
         chosen = np.empty((rows - side.rows, routed), np.int64)
         places = routed + (index in self._shared)
@@ -167,7 +177,7 @@ class FusedExpertStepper(FusedStepper):
         added = torch.empty(side.rows, size) if side.rows else None
         fields = {
             control.FIRST: index,
-            control.ROUTER: 0 if router is None else router.ctypes.data,
+            control.ROUTER: router.ctypes.data if router[control.OUTPUTS] else 0,
             control.SIDE_ROWS: side.rows,
             control.SIDE_OUT: 0 if added is None else added.data_ptr(),
             **_NO_ADAPTERS,
@@ -234,10 +244,18 @@ class FusedExpertStepper(FusedStepper):
             return
         matrix = ffn.router if ffn.shared_gate is None else torch.cat((ffn.router, ffn.shared_gate))
         shares = 0 if ffn.shared is None else 1 if ffn.shared_gate is None else 2
-        router = self.table.describe(DenseLinear(matrix.contiguous()))
-        self._routers[index] = np.concatenate((router, [ffn.config.num_experts, shares]))
+        record = self._sparse[index]
+        record[: control.LINEAR_FIELDS] = self.table.describe(DenseLinear(matrix.contiguous()))
+        record[control.ROUTER_NUM_EXPERTS], record[control.ROUTER_SHARED] = ffn.config.num_experts, shares
+        record[control.SPARSE_INNER] = ffn.config.intermediate_size
         if ffn.shared is not None:
             self._describe_shared(index, ffn.shared)
+            record[control.SPARSE_SHARED :] = self._shared[index]
+        if experts := ffn.experts.resident():
+            self._tables.append(np.array([self._described(expert) for expert in experts], np.int64))
+            record[control.SPARSE_TABLE] = self._tables[-1].ctypes.data
+        else:
+            self._all_resident = False
 
     def _describe_shared(self, index: int, block: FeedForward) -> None:
         self._shared[index] = _joined(self.table.describe(linear) for linear in block.matrices())
@@ -258,6 +276,18 @@ class FusedExpertStepper(FusedStepper):
         block[control.TOP_K] = experts.num_experts_per_tok
         block[control.NORMALIZE] = experts.normalize_weights
         block[control.ROUTER_LOGITS] = self.buffer(experts.num_experts + 1)
+        places = experts.num_experts_per_tok + 1
+        self._most_rows = min(_MOST_ROWS, _MAX_RECORDS // places)
+        choices, wanted = (
+            np.zeros((3, self._most_rows * places), np.int64),
+            np.zeros((_MAX_RECORDS, control.WANTED_FIELDS), np.int64),
+        )
+        self._tables += choices, wanted
+        self._choices = choices[0].ctypes.data, choices[1].ctypes.data
+        block[control.SPARSE_LAYERS], block[control.WANTED] = self._sparse.ctypes.data, wanted.ctypes.data
+        block[control.SOURCES], block[control.EXPERT_ACTS] = choices[2].ctypes.data, self.act
+        outs = -(-self._most_rows * places // MAX_ROWS) * self.decoder.config.hidden_size
+        block[control.EXPERT_OUTS], block[control.GATHERED] = self.buffer(outs), self.buffer(outs)
         self._logits = np.zeros((self.num_threads, 2 * experts.num_experts + 32), np.float32)
         for rank in range(self.num_threads):
             own = control.RANKS + rank * control.RANK_FIELDS

@@ -57,59 +57,65 @@ def run_matmul(tag: Any, control: int, own: int) -> None:
 
 
 @compiled
-def _run_some(
-    tag: Any,
-    kv: Any,
-    draft: Any,
-    kv_size: int,
-    control: int,
-    own: int,
-    layers: int,
-    first: int,
-    last: int,
-    kept: int,
-) -> None:
-    for index in range(first, last):
-        layer = layers + index * (8 * LAYER_FIELDS)
-        if index < kept:
-            run_layer(draft, kv, kv_size, control, own, layer, 0, False)
-        else:
-            run_layer(tag, kv, kv_size, control, own, layer, 0, False)
-
-
-@compiled
-def run_forward(tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int) -> None:
-    """``ROWS`` rows through all layers up to ``LAST``, to ``OUT``, and through final norm and head, to ``LOGITS``.
-
-    The first ``BEGUN`` rows are ``FIRST`` layers deep already and lie where the addresses at ``HIDDEN`` say; the others
-    are tokens ``IDS``, of the table ``EMBEDDING`` in the cache's type. The first ``KEPT_LAYERS`` are read as draft steps
-    read them, to stay in the cache for them.
-    """
-    size, rows, begun = (
-        get_i64(control + 8 * HIDDEN_SIZE),
-        get_i64(control + 8 * ROWS),
-        get_i64(control + 8 * BEGUN),
-    )
-    h, first, last = get_i64(own + 8 * OWN_H), get_i64(control + 8 * FIRST), get_i64(control + 8 * LAST)
-    fresh = h + 4 * begun * size
-    for row in range(rows - begun):
-        token = get_i64(get_i64(control + 8 * IDS) + 8 * row)
-        copy_wide(kv, fresh + 4 * row * size, get_i64(control + 8 * EMBEDDING) + kv_size * token * size, size)
-    layers, kept = get_i64(control + 8 * LAYERS), get_i64(control + 8 * KEPT_LAYERS)
-    if begun != 0:
-        if begun < rows:
-            put_i64(own + 8 * OWN_H, fresh)
-            use_rows(control, own, begun, rows - begun)
-            _run_some(tag, kv, draft, kv_size, control, own, layers, 0, first, kept)
-            put_i64(own + 8 * OWN_H, h)
-            use_rows(control, own, 0, rows)
-        for row in range(begun):
-            copy_row(h + 4 * row * size, get_i64(get_i64(control + 8 * HIDDEN) + 8 * row), size)
+def run_kept_layer(
+    tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int, index: int
+) -> bool:
+    """A dense layer within a pass. The first ``KEPT_LAYERS`` are read as draft steps read them, to stay in the cache for
+    them."""
+    layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
+    if index < get_i64(control + 8 * KEPT_LAYERS):
+        run_layer(draft, kv, kv_size, control, own, layer, 0, False)
     else:
-        first = 0
-    _run_some(tag, kv, draft, kv_size, control, own, layers, first, last, kept)
-    if rank == 0:
-        copy_row(get_i64(control + 8 * OUT), h, rows * size)
-    norm_rows(control, own, get_i64(control + 8 * NORM))
-    logits, x = get_i64(control + 8 * LOGITS), get_i64(own + 8 * OWN_X)
-    matmul_phase(tag, control, own, get_i64(control + 8 * LINEAR), x, rows, logits)
+        run_layer(tag, kv, kv_size, control, own, layer, 0, False)
+    return True
+
+
+def forward_through(run_one: Any) -> Any:
+    """A pass through layers that ``run_one``, as :func:`run_kept_layer`, runs; False from it ends the pass, on all
+    threads."""
+
+    @compiled
+    def run_some(
+        tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int, first: int, last: int
+    ) -> bool:
+        for index in range(first, last):
+            if not run_one(tag, kv, draft, kv_size, control, own, rank, index):
+                return False
+        return True
+
+    @compiled
+    def run_forward(tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int) -> None:
+        """``ROWS`` rows through all layers up to ``LAST``, to ``OUT``, and through final norm and head, to ``LOGITS``.
+
+        The first ``BEGUN`` rows are ``FIRST`` layers deep already and lie where the addresses at ``HIDDEN`` say; the
+        others are tokens ``IDS``, of the table ``EMBEDDING`` in the cache's type.
+        """
+        size, rows = get_i64(control + 8 * HIDDEN_SIZE), get_i64(control + 8 * ROWS)
+        begun, h = get_i64(control + 8 * BEGUN), get_i64(own + 8 * OWN_H)
+        first, last = get_i64(control + 8 * FIRST), get_i64(control + 8 * LAST)
+        fresh, table = h + 4 * begun * size, get_i64(control + 8 * EMBEDDING)
+        for row in range(rows - begun):
+            token = get_i64(get_i64(control + 8 * IDS) + 8 * row)
+            copy_wide(kv, fresh + 4 * row * size, table + kv_size * token * size, size)
+        if begun != 0:
+            if begun < rows:
+                put_i64(own + 8 * OWN_H, fresh)
+                use_rows(control, own, begun, rows - begun)
+                goes_on = run_some(tag, kv, draft, kv_size, control, own, rank, 0, first)
+                put_i64(own + 8 * OWN_H, h)
+                use_rows(control, own, 0, rows)
+                if not goes_on:
+                    return
+            for row in range(begun):
+                copy_row(h + 4 * row * size, get_i64(get_i64(control + 8 * HIDDEN) + 8 * row), size)
+        else:
+            first = 0
+        if not run_some(tag, kv, draft, kv_size, control, own, rank, first, last):
+            return
+        if rank == 0:
+            copy_row(get_i64(control + 8 * OUT), h, rows * size)
+        norm_rows(control, own, get_i64(control + 8 * NORM))
+        logits, x = get_i64(control + 8 * LOGITS), get_i64(own + 8 * OWN_X)
+        matmul_phase(tag, control, own, get_i64(control + 8 * LINEAR), x, rows, logits)
+
+    return run_forward

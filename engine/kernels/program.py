@@ -38,11 +38,14 @@ from engine.kernels.control import (
     VALUES,
 )
 from engine.kernels.draft_phases import run_draft
+from engine.kernels.expert_pass import run_any_layer
 from engine.kernels.expert_phases import run_attention, run_experts
-from engine.kernels.forward_phases import run_forward, run_layers, run_matmul
+from engine.kernels.forward_phases import forward_through, run_kept_layer, run_layers, run_matmul
 from engine.kernels.intrinsics import atomic_get, atomic_put, get_i64, give_way, pause, put_i64, ticks
 from engine.kernels.native import Kinds
 from engine.kernels.phases import use_rows
+
+run_forward, run_forward_with_experts = forward_through(run_kept_layer), forward_through(run_any_layer)
 
 
 @compiled
@@ -70,6 +73,8 @@ def execute_with_experts(
         run_attention(tag, kv, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_EXPERTS:
         run_experts(tag, control, own, rank)
+    elif get_i64(control + 8 * COMMAND) == RUN_FORWARD:
+        run_forward_with_experts(tag, kv, draft, kv_size, control, own, rank)
     else:
         execute(tag, kv, head, draft, kv_size, control, own, rank)
 

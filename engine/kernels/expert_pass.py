@@ -1,0 +1,205 @@
+"""A layer with experts within a pass through all layers, in one command.
+
+Rank 0 finds out which experts the rows want and puts together the commands' records, as a caller does between the commands of
+:mod:`engine.kernels.expert_phases`; the other threads wait for it at a barrier.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.kernels.barrier import wait
+from engine.kernels.compiling import compiled
+from engine.kernels.control import (
+    CHOSEN,
+    EXPERT_ACT,
+    EXPERT_ACTS,
+    EXPERT_COUNT,
+    EXPERT_FIELDS,
+    EXPERT_IN,
+    EXPERT_OUT,
+    EXPERT_OUTS,
+    EXPERTS,
+    GATHERED,
+    HIDDEN_SIZE,
+    LAYER_FIELDS,
+    LAYERS,
+    LEFT,
+    LINEAR_FIELDS,
+    MLP_NORM,
+    NUM_EXPERTS,
+    NUM_WANTED,
+    OUTPUTS,
+    OWN_H,
+    OWN_ROWS,
+    OWN_X,
+    ROUTER_LOGITS,
+    ROUTER_SHARED,
+    SOURCES,
+    SPARSE_FIELDS,
+    SPARSE_INNER,
+    SPARSE_LAYERS,
+    SPARSE_SHARED,
+    SPARSE_TABLE,
+    TOP_K,
+    WANTED,
+    WANTED_ACT,
+    WANTED_COUNT,
+    WANTED_DONE,
+    WANTED_FIELDS,
+    WANTED_IN,
+    WANTED_NUMBER,
+    WANTED_OUT,
+    WEIGHTS,
+)  # fmt: skip
+from engine.kernels.expert_phases import choose_experts, experts_down_phase, experts_gate_up_phase
+from engine.kernels.forward_phases import run_kept_layer
+from engine.kernels.intrinsics import get_f32, get_i64, put_i64
+from engine.kernels.phases import attend_layer, matmul_phase, norm_rows
+from engine.kernels.rows import add_scaled, copy_row
+
+_NONE = 1 << 62  # more than any expert's number
+
+
+@compiled
+def run_any_layer(
+    tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int, index: int
+) -> bool:
+    """Layer ``index`` on every thread's own copy of the residual rows."""
+    sparse = get_i64(control + 8 * SPARSE_LAYERS) + index * (8 * SPARSE_FIELDS)
+    if get_i64(sparse + 8 * OUTPUTS) == 0:
+        return run_kept_layer(tag, kv, draft, kv_size, control, own, rank, index)
+    layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
+    attend_layer(tag, kv, kv_size, control, own, layer, 0, 0, 0, 0)
+    norm_rows(control, own, get_i64(layer + 8 * MLP_NORM))
+    rows, x, logits = (
+        get_i64(own + 8 * OWN_ROWS),
+        get_i64(own + 8 * OWN_X),
+        get_i64(control + 8 * ROUTER_LOGITS),
+    )
+    matmul_phase(kv, control, own, sparse, x, rows, logits)
+    if rank == 0:
+        for row in range(rows):
+            choose_experts(control, own, sparse, logits, row)
+        _want(control, sparse, x, rows)
+        _begin(control, sparse, x, rows)
+    left = 1
+    while left != 0:
+        wait(control, own)
+        left = get_i64(control + 8 * LEFT)
+        experts_gate_up_phase(tag, control, own)
+        experts_down_phase(tag, control, own)
+    _add_up(control, own, sparse, rows)
+    return True
+
+
+@compiled
+def _places(control: int, sparse: int) -> int:
+    """How many experts, the shared one among them, a row goes through."""
+    shared = 0 if get_i64(sparse + 8 * ROUTER_SHARED) == 0 else 1
+    return get_i64(control + 8 * TOP_K) + shared
+
+
+@compiled
+def _want(control: int, sparse: int, x: int, rows: int) -> None:
+    """Which experts the rows' choices are, by number, and which rows each takes; for each row and place, where its output
+    will lie."""
+    count, size, inner = (
+        get_i64(control + 8 * TOP_K),
+        4 * get_i64(control + 8 * HIDDEN_SIZE),
+        4 * get_i64(sparse + 8 * SPARSE_INNER),
+    )
+    chosen, sources, places = (
+        get_i64(control + 8 * CHOSEN),
+        get_i64(control + 8 * SOURCES),
+        _places(control, sparse),
+    )
+    wanted, out, act, spare = (
+        get_i64(control + 8 * WANTED),
+        get_i64(control + 8 * EXPERT_OUTS),
+        get_i64(control + 8 * EXPERT_ACTS),
+        get_i64(control + 8 * GATHERED),
+    )
+    last, found = -1, 0
+    while True:
+        number = _NONE
+        for choice in range(rows * count):
+            if last < get_i64(chosen + 8 * choice) < number:
+                number = get_i64(chosen + 8 * choice)
+        if number == _NONE:
+            break
+        first, end, taken = -1, -1, 0
+        for row in range(rows):
+            for place in range(count):
+                if get_i64(chosen + 8 * (row * count + place)) == number:
+                    put_i64(sources + 8 * (row * places + place), out + taken * size)
+                    first, end, taken = row if taken == 0 else first, row, taken + 1
+        alone = end - first + 1 == taken  # neighbours need no copies
+        if not alone:
+            taken = 0
+            for choice in range(rows * count):
+                if get_i64(chosen + 8 * choice) == number:
+                    copy_row(spare + taken * size, x + choice // count * size, size // 4)
+                    taken += 1
+        put_i64(wanted + 8 * WANTED_NUMBER, number)
+        put_i64(wanted + 8 * WANTED_IN, x + first * size if alone else spare)
+        put_i64(wanted + 8 * WANTED_COUNT, taken)
+        put_i64(wanted + 8 * WANTED_ACT, act)
+        put_i64(wanted + 8 * WANTED_OUT, out)
+        put_i64(wanted + 8 * WANTED_DONE, 0)
+        wanted, out, act = wanted + 8 * WANTED_FIELDS, out + taken * size, act + taken * inner
+        spare += 0 if alone else taken * size
+        last, found = number, found + 1
+    put_i64(control + 8 * NUM_WANTED, found)
+    if places > count:
+        put_i64(wanted + 8 * WANTED_ACT, act)  # the shared one's
+        put_i64(wanted + 8 * WANTED_OUT, out)
+        for row in range(rows):
+            put_i64(sources + 8 * (row * places + count), out + row * size)
+
+
+@compiled
+def _begin(control: int, sparse: int, x: int, rows: int) -> None:
+    """The first experts to compute: the shared one, and those that are in memory."""
+    put_i64(control + 8 * NUM_EXPERTS, 0)
+    if get_i64(sparse + 8 * ROUTER_SHARED) != 0:
+        shared = get_i64(control + 8 * WANTED) + get_i64(control + 8 * NUM_WANTED) * (8 * WANTED_FIELDS)
+        put_i64(shared + 8 * WANTED_IN, x)
+        put_i64(shared + 8 * WANTED_COUNT, rows)
+        _record(control, shared, sparse + 8 * SPARSE_SHARED)
+    table, wanted = get_i64(sparse + 8 * SPARSE_TABLE), get_i64(control + 8 * WANTED)
+    for _ in range(get_i64(control + 8 * NUM_WANTED)):
+        number = get_i64(wanted + 8 * WANTED_NUMBER)
+        _record(control, wanted, table + number * (8 * 2 * LINEAR_FIELDS))
+        wanted += 8 * WANTED_FIELDS
+    put_i64(control + 8 * LEFT, 0)
+
+
+@compiled
+def _record(control: int, wanted: int, linears: int) -> None:
+    """One more expert for the next command."""
+    number = get_i64(control + 8 * NUM_EXPERTS)
+    record = get_i64(control + 8 * EXPERTS) + number * (8 * EXPERT_FIELDS)
+    for field in range(2 * LINEAR_FIELDS):
+        put_i64(record + 8 * field, get_i64(linears + 8 * field))
+    put_i64(record + 8 * EXPERT_IN, get_i64(wanted + 8 * WANTED_IN))
+    put_i64(record + 8 * EXPERT_COUNT, get_i64(wanted + 8 * WANTED_COUNT))
+    put_i64(record + 8 * EXPERT_ACT, get_i64(wanted + 8 * WANTED_ACT))
+    put_i64(record + 8 * EXPERT_OUT, get_i64(wanted + 8 * WANTED_OUT))
+    put_i64(control + 8 * NUM_EXPERTS, number + 1)
+
+
+@compiled
+def _add_up(control: int, own: int, sparse: int, rows: int) -> None:
+    """What came out for each row, place by place, weighted, to this thread's own copy of the residual rows."""
+    size, places = get_i64(control + 8 * HIDDEN_SIZE), _places(control, sparse)
+    h, weights, sources = (
+        get_i64(own + 8 * OWN_H),
+        get_i64(control + 8 * WEIGHTS),
+        get_i64(control + 8 * SOURCES),
+    )
+    for row in range(rows):
+        for place in range(row * places, (row + 1) * places):
+            weight = get_f32(weights + 4 * place)
+            if weight != 0.0:
+                add_scaled(h + 4 * row * size, get_i64(sources + 8 * place), weight, size)
