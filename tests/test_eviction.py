@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine import paths
-from engine.experts.cache import ExpertCache
+from engine.experts.cache import make_cache
 from engine.experts.eviction import EVICTION_POLICIES, EvictionPolicy
 from engine.experts.eviction.belady import Belady
 from engine.experts.eviction.foreseen import LeastForeseen
@@ -107,7 +107,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertSto
 
 @pytest.mark.parametrize("policy", EVICTION_POLICIES)
 def test_the_least_worthy_leaves(store: ExpertStore, policy: str) -> None:
-    cache = ExpertCache(store, 6, EVICTION_POLICIES[policy])
+    cache = make_cache(store, 6, EVICTION_POLICIES[policy])
     generator = np.random.default_rng(0)
     layers, experts = store.index.shape
     try:
@@ -127,7 +127,7 @@ def test_the_least_worthy_leaves(store: ExpertStore, policy: str) -> None:
 
 def test_a_wrong_expectation_is_given_up(store: ExpertStore) -> None:
     """What was expected of a layer and not wanted is not loaded once the layer's turn has come."""
-    cache = ExpertCache(store, 20, EVICTION_POLICIES["lru"], Link(2e6))  # some 10 ms a load
+    cache = make_cache(store, 20, EVICTION_POLICIES["lru"], Link(2e6))  # some 10 ms a load
     try:
         cache.prefetch([(1, number) for number in range(6)])
         for _ in cache.fetch(1, [6, 7]):

@@ -21,9 +21,9 @@ from engine.experts.blob import PAGE, checksum
 from engine.experts.memory_guard import MemoryGuard
 from engine.experts.model import prepare_store
 from engine.experts.planner import parse_memory, plan_memory
-from engine.experts.reader import Ended, Load
-from engine.experts.store import damage_mark, read_index, unreadable
+from engine.experts.store import Key, damage_mark, read_index, unreadable
 from engine.hardware import MemoryUse
+from engine.kernels import turn_fields
 from engine.loading import load_session
 from engine.models.checkpoint import open_checkpoint
 from engine.models.feed_forward import FeedForward
@@ -175,21 +175,17 @@ def test_an_error_in_a_load_ahead_is_nobodys_business(
 ) -> None:
     """Only what is needed must arrive."""
     tokens = answer(session)
-    tiers = session.backend.tiers  # type: ignore[attr-defined]
-    cache, failed = tiers.cache, list[Load]()
-    ended = cache._reader.ended
+    cache, failed = session.backend.tiers.cache, list[Key]()  # type: ignore[attr-defined]
 
-    def sometimes() -> list[Ended]:
-        news = list(ended())
-        for place, (load, _) in enumerate(news):
-            if load.key == absent and not failed:  # others may still be on their way from the answer
-                failed.append(load)
-                news[place] = load, unreadable(store_file())
-        return news
+    def damaged_once(key: Key, blob: memoryview) -> None:
+        if key == absent and not failed:
+            failed.append(key)
+            raise unreadable(store_file())
 
     absent = next(key for key in cache.store.keys if not cache.holds(key))
-    monkeypatch.setattr(cache, "_in_place", None)  # it lies in the file cache, and would not be loaded
-    monkeypatch.setattr(cache._reader, "ended", sometimes)
+    cache._fields[turn_fields.MAPPED] = 0  # it lies in the file cache, and would not be loaded
+    cache._kept[turn_fields.CHECKED][:] = 0
+    monkeypatch.setattr(cache.store, "check", damaged_once)
     cache.prefetch([absent])
     deadline = time.monotonic() + 10
     while not failed and time.monotonic() < deadline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,20 +12,12 @@ import pytest
 from engine import paths
 from engine.errors import ExpertStoreError
 from engine.experts.model import prepare_store
-from engine.experts.native_reader import NativeReader, make_reader
-from engine.experts.reader import DEMANDED, EXPECTED, Ended, Link, Load, Reader, ThreadedReader
+from engine.experts.reader import DEMANDED, EXPECTED, Ended, Link, Load, ThreadedReader
 from engine.experts.slots import HostSlot, HostSlots
 from engine.experts.store import ExpertStore
-from engine.kernels.load_fields import NUM_ENTRIES, RING_SIZE
-from engine.kernels.native import load_loads
 from tests import tiny
 
-READERS: dict[str, Callable[[ExpertStore, Link | None], Reader]] = {
-    "native": lambda store, link: NativeReader(store, load_loads(), 3, link),
-    "threaded": lambda store, link: ThreadedReader(store, 2, link),
-}
 SLOW = Link(4e6)  # some 5 ms a load
-pytestmark = pytest.mark.parametrize("kind", READERS)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +36,8 @@ def store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 class Running:
     """A reader, and what has ended of its loads."""
 
-    def __init__(self, kind: str, store: ExpertStore, link: Link | None = None) -> None:
-        self.reader, self.store = READERS[kind](store, link), store
+    def __init__(self, store: ExpertStore, link: Link | None = None) -> None:
+        self.reader, self.store = ThreadedReader(store, 2, link), store
         self.slots = [
             slot for slot in HostSlots(store.layout).make(len(store.keys)) if isinstance(slot, HostSlot)
         ]
@@ -80,8 +72,8 @@ class Running:
 
 
 @pytest.mark.parametrize("urgency", [DEMANDED, EXPECTED])
-def test_every_load_ends_once_with_the_right_bytes(kind: str, store: ExpertStore, urgency: int) -> None:
-    with Running(kind, store) as running:
+def test_every_load_ends_once_with_the_right_bytes(store: ExpertStore, urgency: int) -> None:
+    with Running(store) as running:
         count = len(store.keys)
         loads = [running.submit(number, urgency) for number in range(count)]
         assert sorted(load.key for load in running.wait_for(count)) == sorted(load.key for load in loads)
@@ -92,45 +84,8 @@ def test_every_load_ends_once_with_the_right_bytes(kind: str, store: ExpertStore
         assert not running.reader.ended()
 
 
-@pytest.mark.parametrize("urgency", [DEMANDED, EXPECTED])
-def test_a_load_wakes_somebody_who_may_do_it(kind: str, store: ExpertStore, urgency: int) -> None:
-    """Of the native threads one does nothing that is only expected."""
-    with Running(kind, store) as running:
-        for count in range(1, 201):
-            if count % 3 == 0:
-                time.sleep(0.0005)  # all of them have gone to sleep
-            running.submit(count % len(running.slots), urgency)
-            deadline = time.monotonic() + 10
-            while len(running.ended) < count:
-                assert time.monotonic() < deadline, f"load {count} was never begun"
-                running.ended += running.reader.ended()
-
-
-def test_more_loads_than_the_rings_have_room_for(kind: str, store: ExpertStore) -> None:
-    with Running(kind, store) as running:
-        total = 0
-        for turn in range(2 * max(RING_SIZE, NUM_ENTRIES) // len(store.keys)):
-            for number in range(len(store.keys)):
-                load = running.submit(number, EXPECTED)
-                if (number + turn) % 3 == 0:
-                    running.reader.hurry(load)
-            total += len(store.keys)
-            running.wait_for(total)
-        assert len(running.ended) == total
-
-
-def test_more_loads_than_there_are_entries(
-    kind: str, store: ExpertStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("engine.kernels.load_fields.NUM_ENTRIES", 3)
-    with Running(kind, store) as running:
-        for number in range(len(store.keys)):
-            running.submit(number, EXPECTED)
-        assert len(set(map(id, running.wait_for(len(store.keys))))) == len(store.keys)
-
-
-def test_what_is_waited_for_goes_first(kind: str, store: ExpertStore) -> None:
-    with Running(kind, store, SLOW) as running:
+def test_what_is_waited_for_goes_first(store: ExpertStore) -> None:
+    with Running(store, SLOW) as running:
         expected = [running.submit(number, EXPECTED) for number in range(6)]
         demanded = running.submit(6, DEMANDED)
         running.reader.hurry(expected[5])
@@ -140,8 +95,8 @@ def test_what_is_waited_for_goes_first(kind: str, store: ExpertStore) -> None:
         assert order[4:] == expected[2:5]
 
 
-def test_what_has_not_begun_can_be_taken_back(kind: str, store: ExpertStore) -> None:
-    with Running(kind, store, SLOW) as running:
+def test_what_has_not_begun_can_be_taken_back(store: ExpertStore) -> None:
+    with Running(store, SLOW) as running:
         loads = [running.submit(number, EXPECTED) for number in range(8)]
         time.sleep(0.002)  # a thread has begun with the first
         taken = [load for load in loads if running.reader.cancel(load)]
@@ -152,8 +107,8 @@ def test_what_has_not_begun_can_be_taken_back(kind: str, store: ExpertStore) -> 
         assert not running.reader.cancel(again)
 
 
-def test_a_read_that_fails_is_told(kind: str, store: ExpertStore) -> None:
-    with Running(kind, store) as running:
+def test_a_read_that_fails_is_told(store: ExpertStore) -> None:
+    with Running(store) as running:
         os.truncate(store.file, store.layout.nbytes + 100)
         running.submit(0, DEMANDED)
         running.submit(1, DEMANDED)
@@ -166,43 +121,30 @@ def test_a_read_that_fails_is_told(kind: str, store: ExpertStore) -> None:
                 raise errors[store.keys[number]] or AssertionError
 
 
-def test_a_disk_that_fails_is_told(kind: str, store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_is_told(store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = os.open(os.devnull, os.O_WRONLY)  # nothing can be read from it
     monkeypatch.setattr(store, "descriptor", broken)
-    with Running(kind, store) as running:
+    with Running(store) as running:
         running.submit(0, DEMANDED)
         running.wait_for(1)
         assert isinstance(running.ended[0][1], ExpertStoreError)
 
 
-def test_damage_is_told(kind: str, store: ExpertStore) -> None:
+def test_damage_is_told(store: ExpertStore) -> None:
     with open(store.file, "r+b") as file:
         place = store.layout.nbytes + 5
         file.seek(place)
         byte = file.read(1)[0]
         file.seek(place)
         file.write(bytes([byte ^ 1]))
-    with Running(kind, store) as running:
+    with Running(store) as running:
         running.submit(1, DEMANDED)
         running.wait_for(1)
         assert isinstance(running.ended[0][1], ExpertStoreError)
 
 
-def test_closing_drops_what_has_not_ended(kind: str, store: ExpertStore) -> None:
-    with Running(kind, store, Link(4e5)) as running:  # some 50 ms a load
+def test_closing_drops_what_has_not_ended(store: ExpertStore) -> None:
+    with Running(store, Link(4e5)) as running:  # some 50 ms a load
         for number in range(len(store.keys)):
             running.submit(number, EXPECTED)
     assert len(running.reader.ended()) <= 2  # those that had begun
-
-
-def test_the_right_one_is_made(kind: str, store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    slots = HostSlots(store.layout)
-    if kind == "threaded":
-        monkeypatch.setattr("engine.experts.native_reader.load_loads", _no_pread)
-    reader = make_reader(store, slots, 2, None)
-    assert isinstance(reader, NativeReader if kind == "native" else ThreadedReader)
-    reader.close()
-
-
-def _no_pread() -> None:
-    raise OSError("there is no pread")

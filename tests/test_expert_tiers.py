@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from engine import paths
-from engine.experts.cache import ExpertCache, LayerExperts
+from engine.experts.cache import LayerExperts, make_cache
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.base import EvictionPolicy
 from engine.experts.eviction.belady import Belady
@@ -84,11 +85,11 @@ class Tiers:
     ) -> None:
         store = prepare_store(model.folder, model.format, direct=direct)
         lying = in_place and in_place(store)
-        self.cache = ExpertCache(store, num_slots, eviction, link, num_threads, in_place=lying)
+        self.cache = make_cache(store, num_slots, eviction, link, num_threads, in_place=lying)
         self.decoder = model.resident.with_experts(lambda layer: LayerExperts(self.cache, layer))
         prefetcher = predictor and Prefetcher(self.cache, predictor(self.decoder), always=True)
         self.tiers = ExpertTiers(self.cache, prefetcher)
-        self.decoder.watch = self.tiers.watch
+        self.decoder.watch = self.tiers
 
     def __enter__(self) -> Tiers:
         return self
@@ -104,9 +105,8 @@ def write(stepper: Stepper, num_tokens: int = 12) -> tuple[torch.Tensor, list[in
     stepper.prefill(PROMPT[:-1], cache)
     token, tokens, logits = PROMPT[-1], [], []
     for _ in range(num_tokens):
-        hidden = stepper.run_layers(stepper.embed([token]), cache, cache.length, 0, decoder.config.num_layers)
+        logits.append(stepper.forward([token], cache)[1][0].clone())
         cache.length += 1
-        logits.append(stepper.logits(hidden)[0])
         token = int(logits[-1].argmax())
         tokens.append(token)
     return torch.stack(logits), tokens
@@ -162,7 +162,7 @@ def test_output_does_not_depend_on_predictions(model: Model, name: str, num_slot
         eviction = partial(Belady, model.trace) if policy == "belady" else EVICTION_POLICIES[policy]
         with pytest.MonkeyPatch.context() as patch:
             if python:
-                patch.setattr("engine.experts.native_reader.find_spec", lambda name: None)
+                patch.setattr("engine.experts.cache.find_spec", lambda name: None)
             with Tiers(model, num_slots, eviction, predictors(model)[name], link, 3) as tiers:
                 check(model, tiers)
                 assert tiers.cache.stats.prefetch_used <= tiers.cache.stats.prefetch_issued
@@ -204,17 +204,17 @@ def test_output_does_not_depend_on_speculation(model: Model, num_slots: int, dra
 
 
 class Forgetful(InPlace):
-    """The system has given up two experts in three, others each time."""
-
-    turn = 0
+    """The system has given up every second expert, others each time."""
 
     def __init__(self, store: ExpertStore) -> None:
         super().__init__(store)
-        self.at_once = 1
+        self.at_once, self._random = 1, random.Random(0)
 
     def holds(self, key: Key) -> bool:
-        self.turn += 1
-        return self.turn % 3 == 0 and super().holds(key)
+        return self._random.random() < 0.5 and super().holds(key)
+
+    def trusted_until(self, key: Key) -> float:
+        return 0.0
 
 
 @LINUX
@@ -273,7 +273,7 @@ def test_output_does_not_depend_on_the_ridge_gate(model: Model, num_slots: int) 
         maps, experts = random_stream(tiers.decoder).maps, tiers.decoder.config.experts
         assert experts is not None
         gate = RidgeGate(maps, experts.num_experts_per_tok, tiers.cache.eviction)
-        tiers.decoder.watch = Prefetcher(tiers.cache, gate, always=True).watch
+        tiers.decoder.watch = Prefetcher(tiers.cache, gate, always=True)
         check(model, tiers)
         assert tiers.cache.stats.prefetch_issued > 0 or num_slots == 1
 
@@ -285,7 +285,7 @@ def test_output_does_not_depend_on_the_accelerated_stream(model: Model, num_slot
         stream = random_stream(tiers.decoder)
         decoder = StreamedDecoder(tiers.decoder, stream)
         prefetcher = Prefetcher(tiers.cache, Accelerated(decoder), always=True)
-        decoder.watch = prefetcher.watch
+        decoder.watch = prefetcher
         logits, tokens = write(model.make(decoder))
         assert tokens == model.tokens
         if model.make is FUSED or model.format == "int4":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine import paths
 from engine.errors import OutOfMemoryError
-from engine.experts.cache import ExpertCache, LayerExperts
+from engine.experts.cache import LayerExperts, make_cache
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.memory_guard import MemoryGuard
 from engine.experts.model import load_with_tiers, prepare_store
@@ -184,10 +184,10 @@ def test_experts_on_the_gpu(home: Path, num_slots: int, host_share: float, weigh
     expected, _ = run(make_stepper(resident), None, 30)
     store = prepare_store(folder, weight_format, device=GPU)
     slots = DeviceSlots(store.layout, GPU, int(host_share * len(store.keys) * store.layout.nbytes))
-    cache = ExpertCache(store, num_slots, EVICTION_POLICIES["lru"], slots=slots)
+    cache = make_cache(store, num_slots, EVICTION_POLICIES["lru"], slots=slots)
     try:
         decoder = resident.with_experts(lambda layer: LayerExperts(cache, layer))
-        decoder.watch = Prefetcher(cache, NextGate(decoder), always=True).watch
+        decoder.watch = Prefetcher(cache, NextGate(decoder), always=True)
         for _ in range(2):  # with cold and with warm RAM
             assert run(make_stepper(decoder), None, 30)[0] == expected
         assert cache.stats.bytes_loaded > 0 and cache.device.type == "cuda"
@@ -219,5 +219,5 @@ def test_too_many_slots_for_the_gpu(home: Path) -> None:
     folder = tiny.save_model(home / "moe", "mixtral", num_hidden_layers=3)
     store = prepare_store(folder, "bf16", device=GPU)
     with pytest.raises(OutOfMemoryError, match="memory for the model's experts"):
-        ExpertCache(store, 1 << 24, EVICTION_POLICIES["lru"], slots=DeviceSlots(store.layout, GPU))
+        make_cache(store, 1 << 24, EVICTION_POLICIES["lru"], slots=DeviceSlots(store.layout, GPU))
     store.close()

@@ -20,7 +20,7 @@ class Cache:
     """A cache that holds nothing, and whose routers always choose experts 0 and 1."""
 
     def __init__(self) -> None:
-        self.store = SimpleNamespace(index=SimpleNamespace(layers=tuple(LAYERS)))
+        self.store = SimpleNamespace(index=SimpleNamespace(layers=tuple(LAYERS), num_experts=8))
         self.chosen = dict.fromkeys(LAYERS, (0, 1))
         self.asked: list[Key] = []
 
@@ -60,7 +60,7 @@ def run(prefetcher: Prefetcher, clock: Clock, passes: int, rows: int = 1) -> int
     for _ in range(passes):
         clock.now += 10
         for layer in LAYERS:
-            prefetcher.watch(layer, torch.zeros(1, rows, 2))
+            prefetcher(layer, torch.zeros(1, rows, 2))
             if layer == 0:
                 active = prefetcher.active
             clock.now += clock.times[active] / len(LAYERS)

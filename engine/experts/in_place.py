@@ -44,6 +44,7 @@ class InPlace:
 
     Attributes:
         at_once: how many may be computed with before some :meth:`leave`, so that little memory is theirs.
+        address: of the mapped file.
 
     Raises:
         OSError: the store cannot be mapped, or the system does not tell what is in its file cache.
@@ -57,6 +58,7 @@ class InPlace:
         self._mincore = ctypes.CDLL(None).mincore
         self._mapped = mmap.mmap(store.descriptor, 0, access=mmap.ACCESS_COPY)
         self._bytes = np.frombuffer(self._mapped, np.uint8)
+        self.address: int = self._bytes.ctypes.data
         self._present = np.zeros(self._size // PAGE, np.uint8)
         self._experts: dict[Key, FeedForward] = {}
         self._seen: dict[Key, float] = {}  # when an expert was last found in the file cache
@@ -96,7 +98,7 @@ class InPlace:
         now = monotonic()
         if now - self._seen.get(key, -_TRUST) < _TRUST:
             return True
-        place, size = self._bytes.ctypes.data + self._store.offset(key), self._size
+        place, size = self.address + self._store.offset(key), self._size
         present = ctypes.c_void_p(self._present.ctypes.data)
         if self._mincore(ctypes.c_void_p(place), ctypes.c_size_t(size), present) != 0:
             return False
@@ -104,6 +106,14 @@ class InPlace:
             return False
         self._seen[key] = now
         return True
+
+    def trusted_until(self, key: Key) -> float:
+        """Until when an expert that is held is taken to stay so, as :func:`time.monotonic` counts."""
+        return self._seen[key] + _TRUST
+
+    def found(self, key: Key) -> FeedForward:
+        """The expert, if :meth:`expert` has found it before."""
+        return self._experts[key]
 
     def expert(self, key: Key) -> FeedForward | None:
         """The expert, to compute with until :meth:`leave`; None: it has to be loaded."""

@@ -15,7 +15,7 @@ from engine.decoding.controller import DepthController
 from engine.decoding.m2r2 import M2R2
 from engine.decoding.plain import PlainDecoding
 from engine.decoding.sampling import Sampler
-from engine.experts.cache import ExpertCache, LayerExperts
+from engine.experts.cache import ExpertCache, LayerExperts, make_cache
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.belady import Belady, Trace
 from engine.experts.in_place import InPlace
@@ -127,7 +127,7 @@ class RunningLane:
             num_slots = max(experts.num_experts_per_tok, round(lane.slots * len(store.keys)))
             eviction = partial(Belady, ()) if lane.policy == "belady" else EVICTION_POLICIES[lane.policy]
             lying = InPlace(store) if lane.in_place else None
-            cache = self.cache = ExpertCache(
+            cache = self.cache = make_cache(
                 store, num_slots, eviction, None if lane.in_place else link, in_place=lying
             )
             self._decoder = resident.with_experts(lambda layer: LayerExperts(cache, layer))
@@ -142,7 +142,7 @@ class RunningLane:
             assert stream is not None and self.cache is not None
             predictor = RidgeGate(stream.maps, experts.num_experts_per_tok, self.cache.eviction)
         if predictor is not None and self.cache is not None:
-            self._decoder.watch = Prefetcher(self.cache, predictor, always=True).watch
+            self._decoder.watch = Prefetcher(self.cache, predictor, always=True)
         self._stepper = make_stepper(self._decoder)
         if lane.drafts:
             assert stream is not None and accelerator is not None and self.cache is not None
@@ -157,7 +157,7 @@ class RunningLane:
             if self.lane.policy == "belady":
                 cache.eviction = Belady(trace, cache.store.index.shape)
             if self.lane.predictor == "oracle":
-                decoder.watch = Prefetcher(cache, Oracle(trace, _ORACLE_LOOKAHEAD), always=True).watch
+                decoder.watch = Prefetcher(cache, Oracle(trace, _ORACLE_LOOKAHEAD), always=True)
         kv = decoder.new_cache(len(ids) + num_tokens + 8)
         self._stepper.prefill(ids[:-1], kv)
         sequence = TokenSequence(list(ids), kv, Sampler(SamplingParams()), len(ids))
@@ -186,7 +186,7 @@ def record_trace(
     resident: Decoder, store: ExpertStore, ids: Sequence[int], num_tokens: int
 ) -> tuple[list[tuple[int, tuple[int, ...]]], tuple[int, ...]]:
     """What the routers choose for a prompt and its greedy continuation, turn by turn, and the continuation."""
-    cache = ExpertCache(store, len(store.keys), EVICTION_POLICIES["lru"])
+    cache = make_cache(store, len(store.keys), EVICTION_POLICIES["lru"])
     try:
         cache.recording = []
         decoder = resident.with_experts(lambda layer: LayerExperts(cache, layer))

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from engine import paths
 from engine.experts.blob import BlobLayout
-from engine.experts.cache import ExpertCache, LayerExperts
+from engine.experts.cache import ExpertCache, LayerExperts, make_cache
 from engine.experts.conversion import reopen, write_store
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.foreseen import LeastForeseen
 from engine.experts.in_place import find_in_place
 from engine.experts.memory_guard import MemoryGuard
+from engine.experts.native_cache import NativeCache
 from engine.experts.planner import MemoryPlan, spare_memory
 from engine.experts.prediction.base import Predictor
 from engine.experts.prediction.next_gate import NextGate
@@ -41,7 +42,8 @@ _CPU = torch.device("cpu")
 
 
 class ExpertTiers:
-    """Slots for a decoder's experts, what fills them ahead of time, and what keeps them within the memory.
+    """Slots for a decoder's experts, what fills them ahead of time, and what keeps them within the memory: a decoder's
+    :attr:`engine.models.decoder.Decoder.watch`.
 
     Args:
         prefetcher: None: nothing is loaded ahead of time.
@@ -54,12 +56,22 @@ class ExpertTiers:
         self.cache, self.prefetcher, self.plan = cache, prefetcher, plan
         self._guard = None if plan is None else MemoryGuard(cache, plan, str(cache.device))
 
-    def watch(self, layer: int, hidden: Tensor) -> None:
-        """See :attr:`engine.models.decoder.Decoder.watch`."""
+    def __call__(self, layer: int, hidden: Tensor) -> None:
         if self._guard is not None:
             self._guard.look()
         if self.prefetcher is not None:
-            self.prefetcher.watch(layer, hidden)
+            self.prefetcher(layer, hidden)
+
+    def begin_pass(self, rows: int) -> bool:
+        if self._guard is not None:
+            self._guard.look()
+        if self.prefetcher is not None:
+            return self.prefetcher.begin_pass(rows)
+        return isinstance(self.cache, NativeCache) and self.cache.follow(None)
+
+    def end_pass(self, rows: int) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.end_pass(rows)
 
     def report(self) -> ExpertReport:
         """The experts' state now; cheap enough for a live view."""
@@ -143,10 +155,10 @@ def load_with_tiers(
     lying = find_in_place(store, slots)
     if lying is not None:
         lying.warm(spare_memory(plan))
-    cache = ExpertCache(store, plan.num_slots, EVICTION_POLICIES["lfu"], slots=slots, in_place=lying)
+    cache = make_cache(store, plan.num_slots, EVICTION_POLICIES["lfu"], slots=slots, in_place=lying)
     decoder = load_decoder(path, weight_format, target, on_share, lambda layer: LayerExperts(cache, layer))
     tiers = ExpertTiers(cache, Prefetcher(cache, _predictor(decoder, cache)), plan)
-    decoder.watch = tiers.watch
+    decoder.watch = tiers
     return decoder, tiers
 
 

@@ -14,16 +14,17 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 from torch import Tensor
 
 from engine.experts.cache import ExpertCache
+from engine.experts.native_cache import Foreseeing, NativeCache
 from engine.experts.prediction.base import Predictor
 from engine.experts.store import Key
+from engine.kernels.turn_fields import RANK_FADE, WORTH_LOADING
 
 _TRIAL = 12  # passes in which the way that seems slower is tried
 _PERIOD = 400  # passes between two trials
-_WORTH = 0.5  # of the loads of a rank that have to be right
-_RANK_FADE = 0.01  # weight of a new load in that share
 _MARGIN = 1.02  # loading ahead is left on unless it is slower by more than noise
 
 
@@ -36,7 +37,7 @@ class Prefetcher:
 
     Attributes:
         enabled: whether loads ahead of time are on.
-        precisions: of each rank, the share of loads that would have been right.
+        precisions: of each rank, the share of loads that would have been right, ``[E]``.
     """
 
     def __init__(
@@ -48,7 +49,10 @@ class Prefetcher:
     ) -> None:
         self._cache, self.predictor, self._always, self._clock = cache, predictor, always, clock
         self.enabled = True
-        self.precisions: list[float] = []
+        self._native = cache if isinstance(cache, NativeCache) and isinstance(predictor, Foreseeing) else None
+        self.precisions = (
+            np.ones(cache.store.index.num_experts) if self._native is None else self._native.precisions
+        )
         # By layer, the rank and number of what was named and not in memory.
         self._named: dict[int, list[tuple[int, int]]] = {}
         self._trial = 0  # passes that are left of one
@@ -58,7 +62,7 @@ class Prefetcher:
         self._last_layer, self._num_rows = sys.maxsize, 0  # whatever layer comes first begins a pass
         self._began = self._latest = 0.0
 
-    def watch(self, layer: int, hidden: Tensor) -> None:
+    def __call__(self, layer: int, hidden: Tensor) -> None:
         """The state ``[B, T, D]`` of one layer; called layer after layer."""
         rows = hidden.flatten(0, -2)
         now = self._clock()
@@ -77,6 +81,21 @@ class Prefetcher:
             else:
                 self._cache.prefetch(keys)
 
+    def begin_pass(self, rows: int) -> bool:
+        """A pass of ``rows`` rows begins; whether native code watches it."""
+        native, predictor = self._native, self.predictor
+        if native is None or not isinstance(predictor, Foreseeing) or not native.follow(predictor):
+            return False
+        self._end_pass()
+        self._num_rows, self._last_layer = 0, sys.maxsize
+        native.load_ahead(self.active)
+        self._began = self._clock()
+        return True
+
+    def end_pass(self, rows: int) -> None:
+        """That pass is over."""
+        self._latest, self._num_rows = self._clock(), rows
+
     def _worthwhile(self, keys: Sequence[Key]) -> list[Key]:
         """Those of the named experts that are in memory, to be kept, or whose rank is right often enough."""
         self._learn()
@@ -84,13 +103,11 @@ class Prefetcher:
         kept = []
         for key in keys:
             rank = ranks[key[0]] = ranks.get(key[0], -1) + 1
-            while rank >= len(self.precisions):
-                self.precisions.append(1.0)
             if self._cache.holds(key):
                 kept.append(key)
                 continue
             self._named.setdefault(key[0], []).append((rank, key[1]))
-            if self.precisions[rank] >= _WORTH:
+            if self.precisions[rank] >= WORTH_LOADING:
                 kept.append(key)
         return kept
 
@@ -100,7 +117,7 @@ class Prefetcher:
             chosen = self._cache.chosen.get(layer, ())
             for rank, number in self._named.pop(layer):
                 right = float(number in chosen)
-                self.precisions[rank] += _RANK_FADE * (right - self.precisions[rank])
+                self.precisions[rank] += RANK_FADE * (right - self.precisions[rank])
 
     @property
     def active(self) -> bool:

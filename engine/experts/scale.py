@@ -22,7 +22,7 @@ from engine import paths
 from engine.atomic import replacing
 from engine.errors import SlipstreamError
 from engine.evaluation.peers import peak_memory_mb
-from engine.experts.cache import ExpertCache, LayerExperts
+from engine.experts.cache import LayerExperts, make_cache
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.in_place import find_in_place
 from engine.experts.model import ExpertTiers
@@ -97,11 +97,11 @@ class _Lane:
         if lying is not None:
             lying.warm(spare_memory(plan))
             lying.wait_for_warmth()  # a person takes longer to type something
-        cache = ExpertCache(store, num_slots, EVICTION_POLICIES[policy], slots=slots, in_place=lying)
+        cache = make_cache(store, num_slots, EVICTION_POLICIES[policy], slots=slots, in_place=lying)
         decoder = dense.with_experts(lambda layer: LayerExperts(cache, layer))
         prefetcher = Prefetcher(cache, NextGate(decoder)) if name in ("app", "next-gate") else None
         self.name, self.tiers = name, ExpertTiers(cache, prefetcher, plan if alone else None)
-        decoder.watch = self.tiers.watch
+        decoder.watch = self.tiers
         self._stepper, self._kv = make_stepper(decoder), decoder.new_cache()
         # as a generation does: a second thread of torch's would wait for a core of the kernels'
         self._threads = 1 if self._stepper.name == "fused" else None

@@ -33,8 +33,11 @@ KEPT_LAYERS = 107  # the first so many, which draft steps read too
 # What attention gives, and this and ACT as the next matmul takes them.
 MIXED, MIXED_ROUNDED, MIXED_EXTRAS, ACT_ROUNDED, ACT_EXTRAS = range(108, 113)
 TOOK = 113  # ticks, rank 0 for the last command
-# For layers with experts within a pass (:mod:`engine.kernels.expert_pass`).
-SPARSE_LAYERS, WANTED, NUM_WANTED, LEFT, SOURCES, EXPERT_OUTS, EXPERT_ACTS, GATHERED = range(114, 122)
+# For layers with experts within a pass (:mod:`engine.kernels.expert_pass`). TURNS is the address of a block of
+# :mod:`engine.kernels.turns`, or 0, and THERE of room for an expert's linears.
+SPARSE_LAYERS, WANTED, NUM_WANTED, LEFT, SOURCES, EXPERT_OUTS, EXPERT_ACTS, GATHERED, TURNS, THERE = range(
+    114, 124
+)
 RANKS = 128  # per thread RANK_FIELDS
 RANK_FIELDS = 48
 (
@@ -79,7 +82,7 @@ EXPERT_GATE_UP, EXPERT_DOWN = 0, LINEAR_FIELDS
 EXPERT_IN, EXPERT_COUNT, EXPERT_ACT, EXPERT_OUT = range(2 * LINEAR_FIELDS, 2 * LINEAR_FIELDS + 4)
 EXPERT_FIELDS = 2 * LINEAR_FIELDS + 4
 
-# An expert that some rows of a pass want: its number, where its inputs lie and how many rows they are, where what is between
+# An expert that some rows of a pass want: its number, where its inputs lie and how many rows they are, and where what is between
 # its linears and its outputs go, and whether it has been computed.
 WANTED_NUMBER, WANTED_IN, WANTED_COUNT, WANTED_ACT, WANTED_OUT, WANTED_DONE = range(6)
 WANTED_FIELDS = 6

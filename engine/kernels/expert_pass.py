@@ -6,6 +6,7 @@ Rank 0 finds out which experts the rows want and puts together the commands' rec
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from engine.kernels.barrier import wait
@@ -41,11 +42,12 @@ from engine.kernels.control import (
     SPARSE_LAYERS,
     SPARSE_SHARED,
     SPARSE_TABLE,
+    THERE,
     TOP_K,
+    TURNS,
     WANTED,
     WANTED_ACT,
     WANTED_COUNT,
-    WANTED_DONE,
     WANTED_FIELDS,
     WANTED_IN,
     WANTED_NUMBER,
@@ -55,8 +57,17 @@ from engine.kernels.control import (
 from engine.kernels.expert_phases import choose_experts, experts_down_phase, experts_gate_up_phase
 from engine.kernels.forward_phases import run_kept_layer
 from engine.kernels.intrinsics import get_f32, get_i64, put_i64
-from engine.kernels.phases import attend_layer, matmul_phase, norm_rows
+from engine.kernels.phases import attend_layer, feed_forward, matmul_phase, norm_rows
 from engine.kernels.rows import add_scaled, copy_row
+from engine.kernels.slot_loads import get, put
+from engine.kernels.turn_fields import ASKED, DONE, IN_USE, IN_USE_THERE, NUM_ASKED, STATES
+from engine.kernels.turns import give_up_turn, linears_of, next_group
+
+if sys.platform == "win32":  # experts are read by Python's threads there
+    from engine.kernels.no_turns import begin_turn, end_group, look_ahead, wait_for_some
+else:
+    from engine.kernels.foresight import look_ahead
+    from engine.kernels.turns import begin_turn, end_group, wait_for_some
 
 _NONE = 1 << 62  # more than any expert's number
 
@@ -65,31 +76,64 @@ _NONE = 1 << 62  # more than any expert's number
 def run_any_layer(
     tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int, index: int
 ) -> bool:
-    """Layer ``index`` on every thread's own copy of the residual rows."""
+    """Layer ``index`` on every thread's own copy of the residual rows; False: an expert of it cannot be loaded."""
     sparse = get_i64(control + 8 * SPARSE_LAYERS) + index * (8 * SPARSE_FIELDS)
-    if get_i64(sparse + 8 * OUTPUTS) == 0:
-        return run_kept_layer(tag, kv, draft, kv_size, control, own, rank, index)
     layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
+    turns, rows = get_i64(control + 8 * TURNS), get_i64(own + 8 * OWN_ROWS)
+    if get_i64(sparse + 8 * OUTPUTS) == 0:
+        return _run_dense(tag, kv, draft, kv_size, control, own, rank, index, layer)
     attend_layer(tag, kv, kv_size, control, own, layer, 0, 0, 0, 0)
     norm_rows(control, own, get_i64(layer + 8 * MLP_NORM))
-    rows, x, logits = (
-        get_i64(own + 8 * OWN_ROWS),
-        get_i64(own + 8 * OWN_X),
-        get_i64(control + 8 * ROUTER_LOGITS),
-    )
+    x, logits = get_i64(own + 8 * OWN_X), get_i64(control + 8 * ROUTER_LOGITS)
     matmul_phase(kv, control, own, sparse, x, rows, logits)
     if rank == 0:
         for row in range(rows):
             choose_experts(control, own, sparse, logits, row)
         _want(control, sparse, x, rows)
-        _begin(control, sparse, x, rows)
-    left = 1
-    while left != 0:
-        wait(control, own)
-        left = get_i64(control + 8 * LEFT)
+        if turns != 0:
+            _begin_turn(control, turns, sparse, index, x, rows)
+        else:
+            _take_all(control, sparse, x, rows)
+    wait(control, own)
+    if rank == 0 and turns != 0:  # the others have begun
+        look_ahead(turns, index, get_i64(own + 8 * OWN_H), rows)
+    left = get_i64(control + 8 * LEFT)
+    while left >= 0:
         experts_gate_up_phase(tag, control, own)
         experts_down_phase(tag, control, own)
-    _add_up(control, own, sparse, rows)
+        if rank == 0 and turns != 0:
+            end_group(turns)
+        if left == 0:
+            _add_up(control, own, sparse, rows)
+            return True
+        if rank == 0:
+            put_i64(control + 8 * NUM_EXPERTS, 0)
+            _take_group(control, turns, True)
+        wait(control, own)
+        left = get_i64(control + 8 * LEFT)
+    return False
+
+
+@compiled
+def _run_dense(
+    tag: Any,
+    kv: Any,
+    draft: Any,
+    kv_size: int,
+    control: int,
+    own: int,
+    rank: int,
+    index: int,
+    layer: int,
+) -> bool:
+    """A layer without experts, whose states may tell those of the next one."""
+    turns = get_i64(control + 8 * TURNS)
+    if turns == 0:
+        return run_kept_layer(tag, kv, draft, kv_size, control, own, rank, index)
+    attend_layer(tag, kv, kv_size, control, own, layer, 0, 0, 0, 0)
+    if rank == 0:
+        look_ahead(turns, index, get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_ROWS))
+    feed_forward(tag, control, own, layer, 0, 0, False)
     return True
 
 
@@ -146,7 +190,6 @@ def _want(control: int, sparse: int, x: int, rows: int) -> None:
         put_i64(wanted + 8 * WANTED_COUNT, taken)
         put_i64(wanted + 8 * WANTED_ACT, act)
         put_i64(wanted + 8 * WANTED_OUT, out)
-        put_i64(wanted + 8 * WANTED_DONE, 0)
         wanted, out, act = wanted + 8 * WANTED_FIELDS, out + taken * size, act + taken * inner
         spare += 0 if alone else taken * size
         last, found = number, found + 1
@@ -159,20 +202,57 @@ def _want(control: int, sparse: int, x: int, rows: int) -> None:
 
 
 @compiled
-def _begin(control: int, sparse: int, x: int, rows: int) -> None:
-    """The first experts to compute: the shared one, and those that are in memory."""
+def _take_shared(control: int, sparse: int, x: int, rows: int) -> None:
+    """The shared expert is the first to compute, if there is one."""
     put_i64(control + 8 * NUM_EXPERTS, 0)
     if get_i64(sparse + 8 * ROUTER_SHARED) != 0:
         shared = get_i64(control + 8 * WANTED) + get_i64(control + 8 * NUM_WANTED) * (8 * WANTED_FIELDS)
         put_i64(shared + 8 * WANTED_IN, x)
         put_i64(shared + 8 * WANTED_COUNT, rows)
         _record(control, shared, sparse + 8 * SPARSE_SHARED)
+
+
+@compiled
+def _take_all(control: int, sparse: int, x: int, rows: int) -> None:
+    """Compute all that is wanted."""
+    _take_shared(control, sparse, x, rows)
     table, wanted = get_i64(sparse + 8 * SPARSE_TABLE), get_i64(control + 8 * WANTED)
     for _ in range(get_i64(control + 8 * NUM_WANTED)):
         number = get_i64(wanted + 8 * WANTED_NUMBER)
         _record(control, wanted, table + number * (8 * 2 * LINEAR_FIELDS))
         wanted += 8 * WANTED_FIELDS
     put_i64(control + 8 * LEFT, 0)
+
+
+@compiled
+def _begin_turn(control: int, turns: int, sparse: int, index: int, x: int, rows: int) -> None:
+    """Ask for what is wanted, and compute what is in memory."""
+    many = get_i64(control + 8 * NUM_WANTED)
+    for i in range(many):
+        wanted = get_i64(control + 8 * WANTED) + i * (8 * WANTED_FIELDS)
+        put(turns, ASKED, i, get_i64(wanted + 8 * WANTED_NUMBER))
+    put_i64(turns + 8 * NUM_ASKED, many)
+    begin_turn(turns, index)
+    _take_shared(control, sparse, x, rows)
+    _take_group(control, turns, get_i64(control + 8 * NUM_EXPERTS) == 0)
+
+
+@compiled
+def _take_group(control: int, turns: int, waits: bool) -> None:
+    """Compute what has come; wait for something to come, if that ``waits``."""
+    while next_group(turns) == 0 and waits:
+        if not wait_for_some(turns):
+            give_up_turn(turns)
+            put_i64(control + 8 * LEFT, -1)
+            return
+    left = 0
+    for i in range(get_i64(turns + 8 * NUM_ASKED)):
+        wanted, state = get_i64(control + 8 * WANTED) + i * (8 * WANTED_FIELDS), get(turns, STATES, i)
+        if state in (IN_USE, IN_USE_THERE):
+            _record(control, wanted, linears_of(turns, i, get_i64(control + 8 * THERE)))
+        elif state != DONE:
+            left += 1
+    put_i64(control + 8 * LEFT, left)
 
 
 @compiled

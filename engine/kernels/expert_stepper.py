@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.experts.cache import LayerExperts
+from engine.experts.native_cache import NativeCache
 from engine.kernels import control
 from engine.kernels.stepper import MAX_ROWS, FusedStepper
-from engine.models.decoder import PREFILL_CHUNK, Decoder, LayerWeights
+from engine.models.decoder import PREFILL_CHUNK, Decoder, LayerWeights, PassWatch
 from engine.models.feed_forward import FeedForward, MixtureOfExperts
 from engine.models.kv_cache import KVCache
 from engine.models.stepper import forward_in_parts
@@ -70,8 +72,9 @@ class Attended:
 class FusedExpertStepper(FusedStepper):
     """A :class:`FusedStepper` for layers with experts.
 
-    Where all of them are in memory a pass of few rows is one command. Otherwise these layers run one by one: their
-    attention part in one command, and the experts in as many as it takes until all of them are in memory.
+    A pass of few rows is one command, within which experts are brought into memory, if native code does that. Otherwise these
+    layers run one by one: their attention part in one command, and the experts in as many as it takes until all of them are
+    in memory.
     """
 
     patience = 100_000  # about 2.5 ms: to wake a worker up behind every load that is waited for takes as long as the load
@@ -87,7 +90,8 @@ class FusedExpertStepper(FusedStepper):
         self._tables: list[np.ndarray] = []  # kept alive for the compiled code
         # What all rows go through: the shared expert, or a dense layer.
         self._shared: dict[int, Descriptors] = {}
-        self._all_resident = True
+        self._in_one = True  # whether layers need not be run one by one
+        self._cache: NativeCache | None = None
         self._experts: weakref.WeakKeyDictionary[FeedForward, Descriptors] = weakref.WeakKeyDictionary()
         super().__init__(decoder, num_threads)
 
@@ -121,10 +125,22 @@ class FusedExpertStepper(FusedStepper):
         instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         rows = len(begun) + len(ids)
-        if self._all_resident and self.decoder.watch is None and rows <= self._most_rows:
-            self.team.control[control.CHOSEN], self.team.control[control.WEIGHTS] = self._choices
-            return super().forward(ids, cache, begun, depth, instead_of)
-        return forward_in_parts(self, ids, cache, begun, depth, instead_of)
+        if rows > self._most_rows or not self._begin_pass(rows):
+            return forward_in_parts(self, ids, cache, begun, depth, instead_of)
+        self.team.control[control.CHOSEN], self.team.control[control.WEIGHTS] = self._choices
+        found = super().forward(ids, cache, begun, depth, instead_of)
+        if self._cache is not None:
+            self._cache.raise_trouble()
+        if isinstance(self.decoder.watch, PassWatch):
+            self.decoder.watch.end_pass(rows)
+        return found
+
+    def _begin_pass(self, rows: int) -> bool:
+        """Whether a pass of ``rows`` rows can be one command."""
+        watch = self.decoder.watch
+        if watch is None:
+            return self._in_one and (self._cache is None or self._cache.follow(None))
+        return self._in_one and isinstance(watch, PassWatch) and watch.begin_pass(rows)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         """Whole chunks go through a layer before the next: each of its experts is loaded once for them."""
@@ -254,8 +270,10 @@ class FusedExpertStepper(FusedStepper):
         if experts := ffn.experts.resident():
             self._tables.append(np.array([self._described(expert) for expert in experts], np.int64))
             record[control.SPARSE_TABLE] = self._tables[-1].ctypes.data
+        elif isinstance(ffn.experts, LayerExperts) and isinstance(ffn.experts.cache, NativeCache):
+            self._cache = ffn.experts.cache
         else:
-            self._all_resident = False
+            self._in_one = False
 
     def _describe_shared(self, index: int, block: FeedForward) -> None:
         self._shared[index] = _joined(self.table.describe(linear) for linear in block.matrices())
@@ -286,6 +304,9 @@ class FusedExpertStepper(FusedStepper):
         self._choices = choices[0].ctypes.data, choices[1].ctypes.data
         block[control.SPARSE_LAYERS], block[control.WANTED] = self._sparse.ctypes.data, wanted.ctypes.data
         block[control.SOURCES], block[control.EXPERT_ACTS] = choices[2].ctypes.data, self.act
+        self._there = np.zeros(2 * control.LINEAR_FIELDS, np.int64)
+        block[control.THERE] = self._there.ctypes.data
+        block[control.TURNS] = 0 if self._cache is None else self._cache.address
         outs = -(-self._most_rows * places // MAX_ROWS) * self.decoder.config.hidden_size
         block[control.EXPERT_OUTS], block[control.GATHERED] = self.buffer(outs), self.buffer(outs)
         self._logits = np.zeros((self.num_threads, 2 * experts.num_experts + 32), np.float32)

@@ -1,5 +1,5 @@
-"""What a ridge gate reads from one row (:mod:`engine.experts.prediction.ridge_gate`), as native code: it is asked between
-any two commands of the kernels, where each little operation of numpy's takes some microseconds."""
+"""What a ridge gate (:mod:`engine.experts.prediction.ridge_gate`), or the next gate, reads from rows of one layer, as native
+code: it is asked between any two phases of the kernels, where each little operation of numpy's takes some microseconds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from engine.kernels.foretell_fields import (
     SCALES,
     SCRATCH,
     SIZE,
+    SIZE_STEP,
 )
-from engine.kernels.intrinsics import LANES, dot, get_f32, get_i64, put_f32, put_i64
+from engine.kernels.intrinsics import dot, get_f32, get_i64, put_f32, put_i64
 from engine.kernels.rows import exp_row
 
 _FLOAT32 = np.float32(0.0)
+_ONE = np.float32(1.0)
 
 
 @compiled
@@ -54,46 +56,89 @@ def _edge(logits: int, num_experts: int, num_chosen: int, scratch: int) -> float
     return (last + first) * np.float32(0.5)
 
 
+@compiled
+def _read(task: int, state: int) -> None:
+    """The maps' logits of one row into the scratch."""
+    size, num_experts = get_i64(task + 8 * SIZE), get_i64(task + 8 * NUM_EXPERTS)
+    matrix, offsets = get_i64(task + 8 * MATRIX), get_i64(task + 8 * OFFSETS)
+    mean = dot(_FLOAT32, state, state, size) / np.float32(size)
+    factor = _ONE / np.sqrt(np.float32(mean + get_f32(task + 8 * EPS)))
+    for row in range(get_i64(task + 8 * NUM_MAPS) * num_experts):
+        value = dot(_FLOAT32, state, matrix + 4 * row * size, size) * factor
+        put_f32(get_i64(task + 8 * SCRATCH) + 4 * row, value + get_f32(offsets + 4 * row))
+
+
+@compiled
+def _to_chances(task: int, index: int, target: int, order: int) -> None:
+    """Of each expert, that it is chosen, by the logits of a map."""
+    num_experts = get_i64(task + 8 * NUM_EXPERTS)
+    logits = get_i64(task + 8 * SCRATCH) + 4 * index * num_experts
+    edge = _edge(logits, num_experts, get_i64(task + 8 * NUM_CHOSEN), order)
+    scale = get_f32(get_i64(task + 8 * SCALES) + 4 * index)
+    for number in range(num_experts):
+        put_f32(target + 4 * number, (edge - get_f32(logits + 4 * number)) * scale)
+    exp_row(target, _FLOAT32, (num_experts + SIZE_STEP - 1) // SIZE_STEP * SIZE_STEP)
+    for number in range(num_experts):
+        put_f32(target + 4 * number, _ONE / (_ONE + get_f32(target + 4 * number)))
+
+
+@compiled
+def _vote(task: int, votes: int, order: int, numbers: int) -> None:
+    """One vote more for each expert that the router of the first map would choose."""
+    num_experts, chosen = get_i64(task + 8 * NUM_EXPERTS), get_i64(task + 8 * NUM_CHOSEN)
+    for number in range(num_experts):
+        value, held = get_f32(get_i64(task + 8 * SCRATCH) + 4 * number), min(number, chosen)
+        if held < chosen:
+            _insert(order, numbers, held, value, number)
+        elif value > get_f32(order + 4 * (chosen - 1)):
+            _insert(order, numbers, chosen - 1, value, number)
+    for place in range(chosen):
+        vote = votes + 4 * get_i64(numbers + 8 * place)
+        # Of as many votes those of the latest row's better ones go first.
+        more = _ONE - np.float32(place) / np.float32(2 * chosen)
+        put_f32(vote, get_f32(vote) + more)
+
+
+@compiled
+def foretell_rows(task: int, states: int, rows: int) -> None:
+    """The maps of a task (:mod:`engine.kernels.foretell_fields`), read with the floats of ``rows`` states."""
+    size, num_experts = get_i64(task + 8 * SIZE), get_i64(task + 8 * NUM_EXPERTS)
+    step = 4 * ((num_experts + SIZE_STEP - 1) // SIZE_STEP * SIZE_STEP)
+    scratch, num_maps = get_i64(task + 8 * SCRATCH), get_i64(task + 8 * NUM_MAPS)
+    wanted = scratch + num_maps * step
+    order, own = wanted + step, wanted + 2 * step
+    named, least = get_i64(task + 8 * NAMED), get_f32(task + 8 * LEAST)
+    ahead, chances = get_i64(task + 8 * AHEAD) != 0, get_i64(task + 8 * CHANCES)
+    for number in range(num_experts):  # that no row wants it, or its votes
+        put_f32(wanted + 4 * number, _ONE if least > _FLOAT32 else _FLOAT32)
+    for row in range(rows):
+        _read(task, states + 4 * row * size)
+        if ahead and least > _FLOAT32:
+            _to_chances(task, 0, own, order)
+            for number in range(num_experts):
+                missed = _ONE - get_f32(own + 4 * number)
+                put_f32(wanted + 4 * number, get_f32(wanted + 4 * number) * missed)
+        elif ahead:
+            _vote(task, wanted, order, named + 8)
+    if chances != 0:
+        _to_chances(task, num_maps - 1, chances, order)
+    count = 0
+    if ahead:
+        for number in range(num_experts):
+            value = get_f32(wanted + 4 * number)
+            if least > _FLOAT32:
+                value = _ONE - value
+            if value > least:
+                _insert(order, named + 8, count, value, number)
+                count += 1
+    put_i64(named, count)
+
+
 def native_code() -> dict[str, tuple[str, bytes]]:
-    """The entry point, compiled for this CPU: its symbol and its object file.
+    """The entry point, compiled for this CPU: its symbol and its object file. ``foretell(task, states, rows)``:
+    :func:`foretell_rows`."""
 
-    ``foretell(task, state)``: the maps of a task (:mod:`engine.kernels.foretell_fields`), read with a state's floats.
-    """
-
-    def foretell(task: int, state: int) -> None:
-        size, num_experts = get_i64(task + 8 * SIZE), get_i64(task + 8 * NUM_EXPERTS)
-        matrix, offsets = get_i64(task + 8 * MATRIX), get_i64(task + 8 * OFFSETS)
-        scratch, num_maps = get_i64(task + 8 * SCRATCH), get_i64(task + 8 * NUM_MAPS)
-        mean = dot(_FLOAT32, state, state, size) / np.float32(size)
-        factor = np.float32(1.0) / np.sqrt(np.float32(mean + get_f32(task + 8 * EPS)))
-        # Distances from the edge, of all maps; behind them room to put some in order.
-        for row in range(num_maps * num_experts):
-            value = dot(_FLOAT32, state, matrix + 4 * row * size, size) * factor
-            put_f32(scratch + 4 * row, value + get_f32(offsets + 4 * row))
-        order = scratch + 4 * num_maps * num_experts
-        for index in range(num_maps):
-            logits = scratch + 4 * index * num_experts
-            edge = _edge(logits, num_experts, get_i64(task + 8 * NUM_CHOSEN), order)
-            scale = get_f32(get_i64(task + 8 * SCALES) + 4 * index)
-            for number in range(num_experts):
-                put_f32(logits + 4 * number, (get_f32(logits + 4 * number) - edge) * scale)
-        named = get_i64(task + 8 * NAMED)
-        count = 0
-        if get_i64(task + 8 * AHEAD) != 0:
-            for number in range(num_experts):
-                distance = get_f32(scratch + 4 * number)
-                if distance > get_f32(task + 8 * LEAST):
-                    _insert(order, named + 8, count, distance, number)
-                    count += 1
-        put_i64(named, count)
-        chances = get_i64(task + 8 * CHANCES)
-        if chances != 0:
-            distances = scratch + 4 * (num_maps - 1) * num_experts
-            for number in range(num_experts):
-                put_f32(chances + 4 * number, -get_f32(distances + 4 * number))
-            exp_row(chances, _FLOAT32, (num_experts + LANES - 1) // LANES * LANES)
-            for number in range(num_experts):
-                odds = get_f32(chances + 4 * number)
-                put_f32(chances + 4 * number, np.float32(1.0) / (np.float32(1.0) + odds))
+    def foretell(task: int, states: int, rows: int) -> None:
+        foretell_rows(task, states, rows)
 
     return compile_entry_points(foretell)

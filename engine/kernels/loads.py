@@ -6,8 +6,8 @@ number of threads :func:`serve` it; one asks. A thread without work sleeps in a 
 waits for a load; a byte wakes them up.
 
 A load is one read: the system reads from a disk the faster the more it is asked for at once. So that what is only expected
-never holds up what is waited for, there is a thread that does the latter alone; or, where an imitated link allows only one
-thread, what is expected goes in pieces, and between two of them the thread first does everything that is waited for.
+never holds up what is waited for, there is a thread that does the latter alone. An imitated link, for measurements, has no
+threads.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from engine.kernels.intrinsics import (
     put_i64,
 )
 from engine.kernels.load_fields import (
+    ARRIVES,
     ASKED,
     BANDWIDTH,
     CANCELLED,
@@ -49,6 +50,7 @@ from engine.kernels.load_fields import (
     NEW,
     NUM_BYTES,
     OFFSET,
+    ON_LINK,
     QUEUED,
     RING,
     RING_FIELDS,
@@ -65,13 +67,11 @@ from engine.kernels.load_fields import (
     WAKE_AT,
 )
 
-PIECE = 1 << 18  # bytes
 _ATTEMPTS = 3  # at a read that a signal may have interrupted
-_OVERSLEPT = 30_000  # nanoseconds that a sleep may take too long
 _MONOTONIC = 6 if sys.platform == "darwin" else 1
 
 
-def _external(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+def external(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
@@ -94,7 +94,7 @@ def read_at(typingctx: Any, descriptor: Any, target: Any, count: Any, offset: An
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         file = builder.trunc(args[0], ir.IntType(32))
-        return _external(builder, "slipstream_pread", I64, file, *args[1:])
+        return external(builder, "slipstream_pread", I64, file, *args[1:])
 
     return types.int64(types.int64, types.int64, types.int64, types.int64), codegen
 
@@ -104,7 +104,7 @@ def _of_pipe(name: str) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             place = builder.ptrtoint(cgutils.alloca_once(builder, I64), I64)
             file = builder.trunc(args[0], ir.IntType(32))
-            return _external(builder, name, I64, file, place, I64(1))
+            return external(builder, name, I64, file, place, I64(1))
 
         return types.int64(types.int64), codegen
 
@@ -121,26 +121,11 @@ def nanoseconds(typingctx: Any) -> Any:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         clock, place = ir.IntType(32)(_MONOTONIC), cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
-        _external(builder, "slipstream_clock", ir.IntType(32), clock, builder.ptrtoint(place, I64))
+        external(builder, "slipstream_clock", ir.IntType(32), clock, builder.ptrtoint(place, I64))
         seconds, rest = (builder.extract_value(builder.load(place), i) for i in (0, 1))
         return builder.add(builder.mul(seconds, I64(1_000_000_000)), rest)
 
     return types.int64(), codegen
-
-
-@intrinsic
-def sleep_for(typingctx: Any, count: Any) -> Any:
-    """``count`` nanoseconds, or some more."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        second = I64(1_000_000_000)
-        place = cgutils.alloca_once(builder, ir.ArrayType(I64, 2))
-        both = cgutils.pack_array(builder, [builder.sdiv(args[0], second), builder.srem(args[0], second)])
-        builder.store(both, place)
-        _external(builder, "slipstream_sleep", ir.IntType(32), builder.ptrtoint(place, I64), I64(0))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
 
 
 @compiled
@@ -192,87 +177,123 @@ def _take(control: int, lowest: int) -> int:
 
 
 @compiled
-def _carry_piece(control: int, entry: int, done: int, urgent: int) -> int:
-    """Read all that is left, or one piece if others may want the link; bytes, or 0 if that failed."""
-    count, bandwidth = get_i64(control + 8 * NUM_BYTES) - done, get_i64(control + 8 * BANDWIDTH)
-    if bandwidth > 0 and urgent == 0:
-        count = min(PIECE, count)
-    target, offset = get_i64(entry + 8 * TARGET) + done, get_i64(entry + 8 * OFFSET) + done
-    read = 0
-    for _ in range(_ATTEMPTS):
-        read = read_at(get_i64(control + 8 * DESCRIPTOR), target, count, offset)
-        if read > 0:
-            break
-    if read > 0 and bandwidth > 0:  # then one thread serves alone
-        # A load begins when the link is free, whenever this thread came to see it: links need no threads.
-        asked, free = get_i64(entry + 8 * ASKED), get_i64(control + 8 * FREE_AT)
-        until = max(asked, free) + read * 1_000_000_000 // bandwidth
-        if done == 0:
-            until += get_i64(control + 8 * LATENCY)
-        put_i64(control + 8 * FREE_AT, until)
-        left = until - nanoseconds()
-        # A load that is waited for ends on time, and until then nobody wants the core. Sleeping a little too long
-        # shifts no later load.
-        if left > _OVERSLEPT or (left > 0 and urgent == 0):
-            sleep_for(left - _OVERSLEPT * urgent)
-        while urgent == 1 and nanoseconds() < until:
-            pause()
-    return max(0, read)
-
-
-@compiled
-def _end(control: int, entry: int, done: int) -> None:
-    whole = done == get_i64(control + 8 * NUM_BYTES)
+def _read(control: int, entry: int) -> None:
+    """All bytes of a load."""
+    size, done, attempts = get_i64(control + 8 * NUM_BYTES), 0, 0
+    while done < size and attempts < _ATTEMPTS:
+        target, offset = get_i64(entry + 8 * TARGET) + done, get_i64(entry + 8 * OFFSET) + done
+        read = read_at(get_i64(control + 8 * DESCRIPTOR), target, size - done, offset)
+        done += max(0, read)
+        attempts = 0 if read > 0 else attempts + 1
     # Behind the bytes themselves, for who looks.
-    swap_if(entry + 8 * STATE, STARTED, DONE if whole else FAILED)
+    swap_if(entry + 8 * STATE, STARTED, DONE if done == size else FAILED)
     atomic_add(control + 8 * COMPLETED, 1)
     _wake_one(control, WAITERS, TELL_AT)
 
 
 @compiled
 def _serve_demanded(control: int) -> None:
-    size = get_i64(control + 8 * NUM_BYTES)
     while True:
         entry = _take(control, DEMANDED)
         if entry == 0:
             return
-        done, read = 0, 1
-        while done < size and read > 0:
-            read = _carry_piece(control, entry, done, 1)
-            done += read
-        _end(control, entry, done)
+        _read(control, entry)
 
 
 @compiled
-def _serve_expected(control: int) -> int:
-    """One request; 0 if there is none."""
-    size = get_i64(control + 8 * NUM_BYTES)
-    entry = _take(control, EXPECTED)
-    if entry == 0:
-        return 0
-    done, read = 0, 1
-    while done < size and read > 0:
-        if done > 0:
-            _serve_demanded(control)
-        read = _carry_piece(control, entry, done, 0)
-        done += read
-    _end(control, entry, done)
-    return 1
+def _next_on_link(control: int, urgency: int) -> int:
+    """The address of the next entry that waits in a ring; 0: there is none."""
+    ring = control + 8 * (RING + urgency * RING_FIELDS)
+    while get_i64(ring + 8 * HEAD) != get_i64(ring + 8 * TAIL):
+        place = ring + 8 * (TAIL + 1 + get_i64(ring + 8 * HEAD) % RING_SIZE)
+        entry = get_i64(control + 8 * ENTRIES) + 8 * ENTRY_FIELDS * get_i64(place)
+        if get_i64(entry + 8 * STATE) == QUEUED:
+            return entry
+        put_i64(ring + 8 * HEAD, get_i64(ring + 8 * HEAD) + 1)
+    return 0
+
+
+@compiled
+def carry(control: int) -> None:
+    """What an imitated link has brought by now.
+
+    It carries one load at a time, that which is waited for first, by itself, as a device does: bytes are copied by who asks,
+    when they would have come. No thread takes a core for it.
+    """
+    bandwidth, now = get_i64(control + 8 * BANDWIDTH), nanoseconds()
+    while True:
+        if get_i64(control + 8 * ON_LINK) == 0:
+            free = get_i64(control + 8 * FREE_AT)
+            entry, other = _next_on_link(control, DEMANDED), _next_on_link(control, EXPECTED)
+            # Whether what is only expected began before the other was asked for.
+            if entry == 0 or (
+                other != 0 and max(free, get_i64(other + 8 * ASKED)) < get_i64(entry + 8 * ASKED)
+            ):
+                entry = other
+            if entry == 0:
+                return
+            put_i64(entry + 8 * STATE, STARTED)
+            seconds = get_i64(control + 8 * NUM_BYTES) * 1_000_000_000 // bandwidth
+            begin = max(free, get_i64(entry + 8 * ASKED)) + get_i64(control + 8 * LATENCY)
+            put_i64(control + 8 * ON_LINK, entry)
+            put_i64(control + 8 * ARRIVES, begin + seconds)
+        if get_i64(control + 8 * ARRIVES) > now:
+            return
+        _read(control, get_i64(control + 8 * ON_LINK))
+        put_i64(control + 8 * FREE_AT, get_i64(control + 8 * ARRIVES))
+        put_i64(control + 8 * ON_LINK, 0)
+
+
+@compiled
+def submit(control: int, entry: int, urgency: int) -> None:
+    """Ask for an entry that is ``NEW``, or once more for one that is not."""
+    ring = control + 8 * (RING + urgency * RING_FIELDS)
+    tail = atomic_get(ring + 8 * TAIL)
+    place = get_i64(control + 8 * ENTRIES) + 8 * ENTRY_FIELDS * entry
+    put_i64(place + 8 * ASKED, nanoseconds())
+    swap_if(place + 8 * STATE, NEW, QUEUED)  # behind what else it says: the rings may still hold its number
+    put_i64(ring + 8 * (TAIL + 1 + tail % RING_SIZE), entry)
+    atomic_add(ring + 8 * TAIL, 1)
+    _wake_one(control, SLEEPERS, WAKE_AT)
+
+
+@compiled
+def cancel(control: int, entry: int) -> bool:
+    """Take an entry back; whether it had not begun."""
+    place = get_i64(control + 8 * ENTRIES) + 8 * ENTRY_FIELDS * entry
+    return swap_if(place + 8 * STATE, QUEUED, CANCELLED) == 1
+
+
+@compiled
+def wait_for_more(control: int, seen: int) -> None:
+    """Until more than ``seen`` loads have ended."""
+    while get_i64(control + 8 * BANDWIDTH) > 0:
+        carry(control)
+        if atomic_get(control + 8 * COMPLETED) > seen:
+            return
+        pause()
+    if atomic_get(control + 8 * COMPLETED) > seen:
+        return
+    atomic_add(control + 8 * WAITERS, 1)
+    if atomic_get(control + 8 * COMPLETED) > seen:
+        _stay_awake(control, WAITERS, WAIT_AT)
+    else:
+        sleep_at(get_i64(control + 8 * WAIT_AT))
 
 
 def native_code() -> dict[str, tuple[str, bytes]]:
-    """The entry points, compiled for this CPU: of each its symbol and its object file.
+    """The entry point, compiled for this CPU: its symbol and its object file.
 
     ``serve(control, lowest)``: does what is asked for, if it is at least as urgent as ``lowest``, until the control block is
-    closed. ``submit(control, entry, urgency)``:
-    asks for an entry that is ``NEW``, or once more for one that is not. ``cancel(control, entry)``: takes it back if it has not begun; its state tells.
-    ``wait(control, seen)``: returns when more than ``seen`` loads have ended.
+    closed.
     """
 
     def serve(control: int, lowest: int) -> None:
         while atomic_get(control + 8 * CLOSED) == 0:
             _serve_demanded(control)
-            if lowest == EXPECTED and _serve_expected(control) == 1:
+            expected = _take(control, EXPECTED) if lowest == EXPECTED else 0
+            if expected != 0:
+                _read(control, expected)
                 continue
             if lowest != EXPECTED and _has(control, EXPECTED):  # who woke this thread may have meant another
                 _wake_one(control, SLEEPERS, WAKE_AT)
@@ -285,28 +306,4 @@ def native_code() -> dict[str, tuple[str, bytes]]:
             else:
                 _stay_awake(control, SLEEPERS, SLEEP_AT)
 
-    def submit(control: int, entry: int, urgency: int) -> None:
-        ring = control + 8 * (RING + urgency * RING_FIELDS)
-        tail = atomic_get(ring + 8 * TAIL)
-        place = get_i64(control + 8 * ENTRIES) + 8 * ENTRY_FIELDS * entry
-        put_i64(place + 8 * ASKED, nanoseconds())
-        swap_if(
-            place + 8 * STATE, NEW, QUEUED
-        )  # behind what else it says: the rings may still hold its number
-        put_i64(ring + 8 * (TAIL + 1 + tail % RING_SIZE), entry)
-        atomic_add(ring + 8 * TAIL, 1)
-        _wake_one(control, SLEEPERS, WAKE_AT)
-
-    def cancel(control: int, entry: int) -> None:
-        swap_if(get_i64(control + 8 * ENTRIES) + 8 * ENTRY_FIELDS * entry, QUEUED, CANCELLED)
-
-    def wait(control: int, seen: int) -> None:
-        if atomic_get(control + 8 * COMPLETED) > seen:
-            return
-        atomic_add(control + 8 * WAITERS, 1)
-        if atomic_get(control + 8 * COMPLETED) > seen:
-            _stay_awake(control, WAITERS, WAIT_AT)
-        else:
-            sleep_at(get_i64(control + 8 * WAIT_AT))
-
-    return compile_entry_points(serve, submit, cancel, wait)
+    return compile_entry_points(serve)

@@ -25,7 +25,7 @@ from typing import Any
 from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
-_MODULES = ("loads", "foretell", "choices")  # that are compiled once for all models
+_MODULES = ("loads", "turns", "foretell", "choices")  # that are compiled once for all models
 _TIMEOUT = 600.0  # seconds: much longer than it takes
 
 
@@ -52,22 +52,11 @@ class Program:
     copy_slot: Callable[[int, int, int, int], None]  # control block, layers, source, target
 
 
-@dataclass(frozen=True)
-class Loads:
-    """The entry points of :func:`engine.kernels.loads.native_code`. ``serve`` and ``wait`` run without the interpreter
-    lock."""
-
-    serve: Callable[[int, int], None]  # control block, the least urgency
-    submit: Callable[[int, int, int], None]  # control block, entry, urgency
-    cancel: Callable[[int, int], None]  # control block, entry
-    wait: Callable[[int, int], None]  # control block, how many loads were seen to have ended
-
-
 @cache
-def load_foretell() -> Callable[[int, int], None]:
-    """:func:`engine.kernels.foretell.native_code`'s, of a task and a state; once for the process. It keeps the interpreter
+def load_foretell() -> Callable[[int, int, int], None]:
+    """:func:`engine.kernels.foretell.native_code`'s, of a task and states; once for the process. It keeps the interpreter
     lock."""
-    return _link(*_objects(("foretell",))["foretell"], ctypes.PYFUNCTYPE, 2)
+    return _link(*_objects(("foretell",))["foretell"], ctypes.PYFUNCTYPE, 3)
 
 
 @dataclass(frozen=True)
@@ -97,9 +86,19 @@ def load_program(kinds: Kinds) -> Program:
     )
 
 
+@dataclass(frozen=True)
+class Turns:
+    """How layers get their experts. ``serve`` is :func:`engine.kernels.loads.native_code`'s; the others are
+    :func:`engine.kernels.turns.native_code`'s, once with the interpreter lock and once without."""
+
+    serve: Callable[[int, int], None]  # control block, the least urgency
+    act: Callable[[int, int, int, int], None]  # block, command, and two numbers
+    wait: Callable[[int, int, int, int], None]
+
+
 @cache
-def load_loads() -> Loads:
-    """The code that reads experts, once for the process.
+def load_turns() -> Turns:
+    """The code that brings experts into slots, once for the process.
 
     Raises:
         OSError: this system has no ``pread``.
@@ -107,12 +106,11 @@ def load_loads() -> Loads:
     register_symbols()
     if _c_function("pread") is None:
         raise OSError("there is no pread")
-    objects = _objects(("loads",))
-    return Loads(
-        _link(*objects["serve"], ctypes.CFUNCTYPE, 2),
-        _link(*objects["submit"], ctypes.PYFUNCTYPE, 3),
-        _link(*objects["cancel"], ctypes.PYFUNCTYPE, 2),
-        _link(*objects["wait"], ctypes.CFUNCTYPE, 2),
+    serve, turn = _objects(("loads",), ("turns",))["serve"], _objects(("turns",))["turn"]
+    return Turns(
+        _link(*serve, ctypes.CFUNCTYPE, 2),
+        _link(*turn, ctypes.PYFUNCTYPE, 4),
+        _link(*turn, ctypes.CFUNCTYPE, 4),
     )
 
 
@@ -233,7 +231,7 @@ _POSIX = {
     "read": "read",
     "write": "write",
     "clock": "clock_gettime",
-    "sleep": "nanosleep",
+    "madvise": "madvise",
 }
 
 

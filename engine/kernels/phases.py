@@ -197,6 +197,12 @@ def run_layer(
         query, output = adapters + 8 * Q_ADAPTER, adapters + 8 * O_ADAPTER
         gate_up, down = adapters + 8 * GATE_UP_ADAPTER, adapters + 8 * DOWN_ADAPTER
     attend_layer(tag, kv, kv_size, control, own, layer, query, output, 0, 0)
+    feed_forward(tag, control, own, layer, gate_up, down, last)
+
+
+@compiled
+def feed_forward(tag: Any, control: int, own: int, layer: int, gate_up: int, down: int, last: bool) -> None:
+    """The other part of a dense layer; as :func:`run_layer`."""
     x, act = get_i64(own + 8 * OWN_X), get_i64(control + 8 * ACT)
     norm_rows(control, own, get_i64(layer + 8 * MLP_NORM))
     _gate_up_phase(tag, control, own, layer + 8 * GATE_UP_PROJ, x, act, gate_up)

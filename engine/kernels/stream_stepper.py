@@ -22,6 +22,7 @@ class FusedStreamStepper(FusedExpertStepper):
     def __init__(self, decoder: StreamedDecoder, num_threads: int) -> None:
         super().__init__(decoder, num_threads)
         self._streamed, stream = decoder, decoder.stream
+        self._in_one = False  # the accelerated rows go through each layer's experts as well
         self._adapters = {
             index: [describe_adapter(self.table, low_rank) for low_rank in (layer.attention, layer.ffn)]
             for index, layer in (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +81,17 @@ class Place:
     num_slots: int
     start: int | None = None
     slots: Tensor | None = None
+
+
+@runtime_checkable
+class PassWatch(Protocol):
+    """What :attr:`Decoder.watch` may be besides: something whose work native code can do within a pass."""
+
+    def begin_pass(self, rows: int) -> bool:
+        """All layers are going to run as one piece of native code; False: this has to see each of them."""
+
+    def end_pass(self, rows: int) -> None:
+        """They have."""
 
 
 class Decoder:

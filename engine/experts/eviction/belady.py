@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.experts.store import Key, Shape
+from engine.experts.eviction.base import NativeForm
+from engine.experts.store import Shape
+from engine.kernels import turn_fields as fields
 
 Trace = Sequence[tuple[int, Sequence[int]]]  # of each layer's turn: the layer, and what its router chose
 _NEVER = -np.inf
@@ -23,18 +25,36 @@ class Belady:
 
     def __init__(self, trace: Trace, shape: Shape) -> None:
         self.worth = np.full(shape, _NEVER)
-        self._left: list[
-            list[tuple[Key, float]]
+        uses: list[
+            list[tuple[int, float]]
         ] = []  # turn after turn from its end: each use, and worth behind it
-        coming: dict[Key, float] = {}
+        coming: dict[int, float] = {}
         for turn in range(len(trace) - 1, -1, -1):
             layer, numbers = trace[turn]
-            keys = [(layer, number) for number in numbers]
-            self._left.append([(key, coming.get(key, _NEVER)) for key in keys])
+            keys = [layer * shape[1] + number for number in numbers]
+            uses.append([(key, coming.get(key, _NEVER)) for key in keys])
             coming.update(dict.fromkeys(keys, float(-turn)))
         for key, worth in coming.items():
-            self.worth[key] = worth
+            self.worth.ravel()[key] = worth
+        flat = [use for turn in reversed(uses) for use in turn]
+        firsts = np.cumsum([0, *(len(turn) for turn in reversed(uses)), -len(flat) - 1])  # -1: the end
+        self._firsts, self._turn = firsts.astype(np.int64), np.zeros(1, np.int64)
+        self._keys = np.array([key for key, _ in flat], np.int64)
+        self._worths = np.array([worth for _, worth in flat], np.float64)
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
-        for key, worth in self._left.pop() if self._left else ():
-            self.worth[key] = worth
+        turn = self._turn[0]
+        first, end = self._firsts[turn : turn + 2]
+        if end >= 0:
+            self.worth.ravel()[self._keys[first:end]] = self._worths[first:end]
+            self._turn += 1
+
+    def native_form(self) -> NativeForm:
+        return {
+            fields.POLICY: fields.REPLAYED,
+            fields.WORTH: self.worth,
+            fields.CLOCK: self._turn,
+            fields.UPDATE_FIRSTS: self._firsts,
+            fields.UPDATE_KEYS: self._keys,
+            fields.UPDATE_WORTHS: self._worths,
+        }

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.experts.eviction.base import NativeForm
 from engine.experts.eviction.lfu import LeastFrequentlyUsed
 from engine.experts.store import Shape
+from engine.kernels import turn_fields as fields
 
 
 class LeastForeseen:
@@ -37,3 +39,11 @@ class LeastForeseen:
     def _join(self, layer: int) -> None:
         frequencies = self._frequencies
         self.worth[layer] = (self._chances[layer] + frequencies.shares[layer]) / 2 - frequencies.wait
+
+    def native_form(self) -> NativeForm:
+        return {
+            **self._frequencies.native_form(),
+            fields.POLICY: fields.FORESEEN,
+            fields.WORTH: self.worth,
+            fields.CHANCES: self._chances,
+        }

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.experts.eviction.base import NativeForm
 from engine.experts.store import Shape
+from engine.kernels import turn_fields as fields
 
 
 class LeastStale:
@@ -20,18 +22,21 @@ class LeastStale:
     name = "least-stale"
 
     def __init__(self, shape: Shape) -> None:
-        self._turns = np.zeros((shape[0], 1))
-        self._last = np.full(shape, -1.0)
-        self._layer = 0
-
-    @property
-    def worth(self) -> np.ndarray:
-        num_layers = len(self._turns)
-        distance = (np.arange(num_layers)[:, None] - self._layer - 1) % num_layers
-        # Layers still to come in this pass have had one turn less.
-        return (self._last - self._turns) * num_layers - distance
+        self.worth = np.full(shape, float(-shape[0]))
+        self._last = np.full(shape, -1.0)  # turn of its layer in which an expert was used
+        self._clock = np.zeros(1 + shape[0])  # turns, of all layers and of each
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
-        self._layer = layer
-        self._turns[layer] += 1
-        self._last[layer, list(numbers)] = self._turns[layer]
+        self._clock[[0, 1 + layer]] += 1
+        turns = self._clock[1 + layer]
+        self._last[layer, list(numbers)] = turns
+        # Only differences count: what the clock takes off those whose turn comes later, all others gain as time goes by.
+        self.worth[layer] = (self._last[layer] - turns) * len(self.worth) - self._clock[0]
+
+    def native_form(self) -> NativeForm:
+        return {
+            fields.POLICY: fields.LEAST_STALE,
+            fields.WORTH: self.worth,
+            fields.SHARES: self._last,
+            fields.CLOCK: self._clock,
+        }

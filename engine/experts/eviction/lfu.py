@@ -6,13 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.experts.eviction.base import NativeForm
 from engine.experts.store import Shape
-
-_FADE = 0.9  # of a layer's counts, at each of its turns (our choice)
-# Of a pass's wait for a layer's turn, as a share of turns. Layers take their turns in a circle: of two experts that are
-# used as often the one should leave whose layer has just had its turn. Without it those leave that are wanted next, as
-# LRU does, wherever many are used in every turn and memory does not hold them all.
-_WAIT = 0.15
+from engine.kernels import turn_fields as fields
+from engine.kernels.turn_fields import FADE, WAIT
 
 
 class LeastFrequentlyUsed:
@@ -21,22 +18,31 @@ class LeastFrequentlyUsed:
 
     Attributes:
         shares: of the latest turns, ``[layers, experts]``.
+        clock: how many turns there have been, ``[1]``.
     """
 
     name = "lfu"
 
     def __init__(self, shape: Shape) -> None:
         self.worth, self.shares = np.zeros(shape), np.zeros(shape)
-        self._turns = 0
+        self.clock = np.zeros(1)
 
     def used(self, layer: int, numbers: Sequence[int]) -> None:
-        self._turns += 1
-        self.shares[layer] *= _FADE
-        self.shares[layer, list(numbers)] += 1 - _FADE
+        self.clock += 1
+        self.shares[layer] *= FADE
+        self.shares[layer, list(numbers)] += 1 - FADE
         self.worth[layer] = self.shares[layer] - self.wait
 
     @property
     def wait(self) -> float:
         """What waiting costs of the layer that has just had its turn. Only differences count: to bring the others' nearer
         at each turn would come to the same."""
-        return _WAIT * self._turns / len(self.worth)
+        return float(WAIT * self.clock[0] / len(self.worth))
+
+    def native_form(self) -> NativeForm:
+        return {
+            fields.POLICY: fields.LFU,
+            fields.WORTH: self.worth,
+            fields.SHARES: self.shares,
+            fields.CLOCK: self.clock,
+        }

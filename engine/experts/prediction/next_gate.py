@@ -8,14 +8,20 @@ The norm before a router divides by a length, which changes no order: its gains 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from engine.experts.prediction.foretelling import MOST_ROWS, Foretelling, Foretellings, Maps, fits
 from engine.experts.store import Key
 from engine.models.decoder import Decoder
 from engine.models.feed_forward import MixtureOfExperts
+
+_log = logging.getLogger(__name__)
 
 
 class NextGate:
@@ -33,13 +39,28 @@ class NextGate:
         self._lookahead = lookahead
         self._num_experts = num_experts
         self._gates: dict[int, Tensor] = {}  # [E, D] float32
-        self._arrays: dict[int, np.ndarray] = {}  # the same memory, on CPU
         for index, layer in enumerate(decoder.layers):
             if isinstance(layer.ffn, MixtureOfExperts):
                 self._num_experts = self._num_experts or layer.ffn.config.num_experts_per_tok
-                gate = self._gates[index] = layer.ffn.router.float() * layer.mlp_norm.float()
-                if gate.device.type == "cpu":
-                    self._arrays[index] = gate.numpy()
+                self._gates[index] = layer.ffn.router.float() * layer.mlp_norm.float()
+        self._rows = self._native_rows() if find_spec("numba") else {}
+        # Passes of native code look one layer ahead.
+        one_ahead = lookahead == 1 and self._gates and len(self._rows) == len(self._gates)
+        self._all = Foretellings({i - 1: rows for i, rows in self._rows.items() if i}) if one_ahead else None
+
+    def _native_rows(self) -> dict[int, Foretelling]:
+        """Readers of a few rows, by the layer whose router it is; none where there are none."""
+        scales, found = np.ones(1, np.float32), dict[int, Foretelling]()
+        for index, gate in self._gates.items():
+            count = min(self._num_experts or 1, len(gate))
+            if fits(gate):
+                own = Maps(gate[None].contiguous(), torch.zeros(1, len(gate)), scales, True, False, 0.0)
+                try:
+                    found[index] = Foretelling(own, 1e-6, count)
+                except Exception as error:  # an LLVM problem must not keep anyone from chatting
+                    _log.info("the next gate is read by torch: %s", error)
+                    return {}
+        return found
 
     def predict(self, layer: int, hidden: Tensor) -> Sequence[Key]:
         target = layer + self._lookahead
@@ -49,12 +70,13 @@ class NextGate:
         """What the router of layer ``target`` would choose for ``hidden [T, D]``; empty if it has none."""
         if target not in self._gates:
             return []
-        if target in self._arrays and hidden.shape[0] == 1:
+        if target in self._rows and len(hidden) <= MOST_ROWS:
             # Between two commands of the kernels: torch's or a BLAS's threads would wait for theirs.
-            logits = np.einsum("ed,td->e", self._arrays[target], hidden.float().numpy())
-            best: list[int] = (-logits).argsort(kind="stable")[: self._num_experts].tolist()
-            return best
+            return self._rows[target].read(hidden)
         return likely_experts(hidden.float() @ self._gates[target].T, self._num_experts or 1)
+
+    def native_form(self) -> dict[int, int] | None:
+        return None if self._all is None else self._all.native_form()
 
 
 def likely_experts(logits: Tensor, count: int) -> list[int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
 from engine.experts.eviction.belady import Trace
 from engine.experts.store import Key
+from engine.kernels import turn_fields as fields
 
 
 class Oracle:
@@ -19,16 +21,28 @@ class Oracle:
 
     def __init__(self, trace: Trace, lookahead: int = 1) -> None:
         self._trace, self._lookahead = trace, lookahead
-        self._layers = {layer for layer, _ in trace}
-        self._turn = 0
+        self._turn = np.zeros(1, np.int64)
+        self._layers = np.array([layer for layer, _ in trace], np.int64)
+        self._firsts = np.cumsum([0, *(len(numbers) for _, numbers in trace)])
+        self._numbers = np.array([number for _, numbers in trace for number in numbers], np.int64)
 
     def predict(self, layer: int, hidden: Tensor) -> Sequence[Key]:
-        if layer in self._layers:
-            while self._turn < len(self._trace) and self._trace[self._turn][0] != layer:
-                self._turn += 1  # a turn that nobody watched
-            self._turn += 1
-        coming = self._trace[self._turn : self._turn + self._lookahead]
+        own = np.flatnonzero(self._layers[self._turn[0] :] == layer)
+        if len(own):  # else it has no experts; turns that nobody watched may come first
+            self._turn += own[0] + 1
+        coming = self._trace[self._turn[0] : self._turn[0] + self._lookahead]
         return [(later, number) for later, numbers in coming for number in numbers]
+
+    def native_form(self) -> dict[int, int]:
+        return {
+            fields.PREDICTOR: fields.BY_TRACE,
+            fields.TURN: self._turn.ctypes.data,
+            fields.TRACE_LAYERS: self._layers.ctypes.data,
+            fields.TRACE_FIRSTS: self._firsts.ctypes.data,
+            fields.TRACE_NUMBERS: self._numbers.ctypes.data,
+            fields.NUM_TURNS: len(self._trace),
+            fields.LOOKAHEAD: self._lookahead,
+        }
 
 
 class AlwaysWrong:
