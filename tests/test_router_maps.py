@@ -153,7 +153,8 @@ def test_the_policy_is_told_of_the_next_token(maps: RouterMaps, config: ModelCon
     assert policy.worth[1].max() == 0
 
 
-def test_native_code_says_of_one_row_what_torch_says(maps: RouterMaps, config: ModelConfig) -> None:
+@pytest.mark.parametrize("rows", [1, 3])
+def test_native_code_says_what_torch_says(maps: RouterMaps, config: ModelConfig, rows: int) -> None:
     assert config.experts is not None
     maps.ahead_error.fill_(2.0)
     maps.again_error.fill_(3.0)
@@ -161,12 +162,12 @@ def test_native_code_says_of_one_row_what_torch_says(maps: RouterMaps, config: M
     for chosen in (1, config.experts.num_experts_per_tok, config.experts.num_experts):
         gate, reference = RidgeGate(maps, chosen, native), RidgeGate(maps, chosen, torchs)
         for reader in reference._readers.values():
-            assert reader.row is not None
-            reader.row = None
+            assert reader.rows is not None
+            reader.rows = None
         for seed in range(10):
             for layer in range(config.num_layers):
                 hidden = 4 * torch.randn(
-                    1, config.hidden_size, generator=torch.Generator().manual_seed(10 * seed + layer)
+                    rows, config.hidden_size, generator=torch.Generator().manual_seed(10 * seed + layer)
                 )
                 assert gate.predict(layer, hidden) == reference.predict(layer, hidden)
         assert np.allclose(native.worth, torchs.worth, atol=1e-5) and native.worth.any()
@@ -178,5 +179,5 @@ def test_without_native_code_torch_reads(
     def broken() -> None:
         raise OSError("no LLVM")
 
-    monkeypatch.setattr("engine.experts.prediction.ridge_gate.load_foretell", broken)
+    monkeypatch.setattr("engine.experts.prediction.foretelling.load_foretell", broken)
     assert RidgeGate(maps, 2).predict(0, torch.ones(1, config.hidden_size))

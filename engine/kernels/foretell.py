@@ -69,8 +69,8 @@ def _read(task: int, state: int) -> None:
 
 
 @compiled
-def _to_chances(task: int, index: int, target: int, order: int) -> None:
-    """Of each expert, that it is chosen, by the logits of a map."""
+def _odds_against(task: int, index: int, target: int, order: int) -> None:
+    """Each expert's odds against being chosen, by the logits of a map."""
     num_experts = get_i64(task + 8 * NUM_EXPERTS)
     logits = get_i64(task + 8 * SCRATCH) + 4 * index * num_experts
     edge = _edge(logits, num_experts, get_i64(task + 8 * NUM_CHOSEN), order)
@@ -78,8 +78,6 @@ def _to_chances(task: int, index: int, target: int, order: int) -> None:
     for number in range(num_experts):
         put_f32(target + 4 * number, (edge - get_f32(logits + 4 * number)) * scale)
     exp_row(target, _FLOAT32, (num_experts + SIZE_STEP - 1) // SIZE_STEP * SIZE_STEP)
-    for number in range(num_experts):
-        put_f32(target + 4 * number, _ONE / (_ONE + get_f32(target + 4 * number)))
 
 
 @compiled
@@ -114,21 +112,23 @@ def foretell_rows(task: int, states: int, rows: int) -> None:
     for row in range(rows):
         _read(task, states + 4 * row * size)
         if ahead and least > _FLOAT32:
-            _to_chances(task, 0, own, order)
+            _odds_against(task, 0, own, order)
             for number in range(num_experts):
-                missed = _ONE - get_f32(own + 4 * number)
-                put_f32(wanted + 4 * number, get_f32(wanted + 4 * number) * missed)
+                odds = get_f32(own + 4 * number)
+                put_f32(wanted + 4 * number, get_f32(wanted + 4 * number) * odds / (_ONE + odds))
         elif ahead:
             _vote(task, wanted, order, named + 8)
     if chances != 0:
-        _to_chances(task, num_maps - 1, chances, order)
+        _odds_against(task, num_maps - 1, chances, order)
+        for number in range(num_experts):
+            put_f32(chances + 4 * number, _ONE / (_ONE + get_f32(chances + 4 * number)))
     count = 0
     if ahead:
         for number in range(num_experts):
-            value = get_f32(wanted + 4 * number)
-            if least > _FLOAT32:
-                value = _ONE - value
-            if value > least:
+            value, enough = get_f32(wanted + 4 * number), _FLOAT32
+            if least > _FLOAT32:  # of chances near 1 what is left to it keeps them apart
+                value, enough = -value, least - _ONE
+            if value > enough:
                 _insert(order, named + 8, count, value, number)
                 count += 1
     put_i64(named, count)

@@ -60,14 +60,14 @@ class RidgeGate:
         best = np.sort(logits, axis=-1)
         # Between the last that is chosen and the first that is not.
         edge = (best[..., -self._num_chosen] + best[..., -self._num_chosen - 1]) / 2
-        chances = _logistic((logits - edge[..., None]) * reader.scales[:, None])
+        distances = (logits - edge[..., None]) * reader.scales[:, None]
         if reader.again and self._eviction is not None:
-            self._eviction.foresee(layer, chances[-1, -1])
+            self._eviction.foresee(layer, _logistic(distances[-1, -1]))
         if not reader.ahead:
             return []
-        wanted = 1 - np.prod(1 - chances[:, 0], axis=0)  # by any of the rows
-        likely = (wanted > _LEAST_CHANCE).nonzero()[0]
-        numbers = likely[(-wanted[likely]).argsort()].tolist()
+        missed = np.prod(_logistic(-distances[:, 0]), axis=0)  # that none of the rows wants it
+        likely = (missed < 1 - _LEAST_CHANCE).nonzero()[0]
+        numbers = likely[missed[likely].argsort()].tolist()
         return [(layer + 1, number) for number in numbers]
 
     def native_form(self) -> dict[int, int] | None:
@@ -110,5 +110,5 @@ class _Reader:
 
 
 def _logistic(x: np.ndarray) -> np.ndarray:
-    chance: np.ndarray = (1 + np.tanh(x / 2)) / 2  # the same, without overflows
+    chance: np.ndarray = np.exp(-np.logaddexp(0, -x))
     return chance
