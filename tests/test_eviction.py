@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from engine import paths
+from engine.experts import model
 from engine.experts.cache import make_cache
 from engine.experts.eviction import EVICTION_POLICIES, EvictionPolicy
 from engine.experts.eviction.belady import Belady
@@ -98,7 +99,7 @@ def test_belady() -> None:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertStore]:
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(model, "paths", SimpleNamespace(cache_dir=lambda: tmp_path))
     folder = tiny.save_model(tmp_path / "mixtral", "mixtral", num_hidden_layers=3)
     store = prepare_store(folder, "fp32")
     yield store

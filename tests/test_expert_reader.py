@@ -6,11 +6,12 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from engine import paths
 from engine.errors import ExpertStoreError
+from engine.experts import model
 from engine.experts.model import prepare_store
 from engine.experts.reader import DEMANDED, EXPECTED, Ended, Link, Load, ThreadedReader
 from engine.experts.slots import HostSlot, HostSlots
@@ -27,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertStore]:
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(model, "paths", SimpleNamespace(cache_dir=lambda: tmp_path))
     store = prepare_store(folder, "fp32")
     yield store
     store.close()

@@ -6,13 +6,15 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from engine import paths
 from engine.errors import ExpertStoreError
+from engine.experts import model
 from engine.experts.cache import ExpertCache, LayerExperts, make_cache
 from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.belady import Belady
@@ -42,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertStore]:
-    monkeypatch.setattr(paths, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(model, "paths", SimpleNamespace(cache_dir=lambda: tmp_path))
     store = prepare_store(folder, "fp32")
     yield store
     store.close()
@@ -245,12 +247,12 @@ def test_it_decides_as_python_does(
 def test_a_pass_in_one_command_has_the_same_turns(
     folder: Path, store: ExpertStore, caches: Callable[..., NativeCache], predictor: str
 ) -> None:
-    """As one whose layers run one by one, with the same predictions, if these have come in time."""
+    """As one whose layers run one by one, with the same predictions, where loads take no time."""
     resident = load_decoder(folder, "fp32")
     trace: list[tuple[int, tuple[int, ...]]] = []
     seen = {}
     for way in ("recorded", "in parts", "in one"):
-        cache = caches(9, EVICTION_POLICIES["lfu"])
+        cache = caches(9, EVICTION_POLICIES["lfu"], Link(1e15))
         if way == "recorded":
             cache.recording = trace
         decoder = resident.with_experts(lambda layer, cache=cache: LayerExperts(cache, layer))
@@ -268,10 +270,6 @@ def test_a_pass_in_one_command_has_the_same_turns(
         seen[way] = torch.stack(logits), cache.uses, cache.stats
     for one, other in (("recorded", "in parts"), ("in parts", "in one")):
         assert torch.equal(seen[one][0], seen[other][0]) and seen[one][1] == seen[other][1]
-    ours, theirs = seen["in one"][2], seen["in parts"][2]
-    assert ours.num_asked == theirs.num_asked
-    if predictor == "none":
-        assert ours.expert_hits == theirs.expert_hits > 0
-    else:  # whether a load has ended in time is chance
-        assert ours.prefetch_used > 0 and abs(ours.prefetch_issued - theirs.prefetch_issued) <= 10
-        assert abs(ours.expert_misses - theirs.expert_misses) <= 10
+    ours, theirs = (replace(seen[way][2], stall_seconds=0.0) for way in ("in one", "in parts"))
+    assert ours == theirs and ours.expert_hits > 0
+    assert (ours.prefetch_used > 0) == (predictor != "none")

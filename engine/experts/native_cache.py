@@ -84,7 +84,7 @@ class NativeCache:
         self._fields[fields.NUM_FREE_ENTRIES] = load_fields.NUM_ENTRIES
         self._answer = _ANSWER(self._say)
         self._fields[fields.CALL] = ctypes.cast(self._answer, ctypes.c_void_p).value or 0
-        self._fields[fields.LAYER] = -1
+        self._fields[fields.CODE], self._fields[fields.LAYER] = self._program.address, -1
         self.eviction = eviction(shape)
         if in_place is not None:
             self._compute_in_place(in_place)
@@ -153,7 +153,7 @@ class NativeCache:
             begun = False
             while True:
                 if begun or any(states[i] in (fields.HELD, fields.LYING) for i in range(count)):
-                    self._program.wait(self.address, fields.GROUP, 0, 0)
+                    self._program.wait(self.address, fields.GROUP, 1, 0, 0)
                     self.raise_trouble()
                 begun = True
                 in_use = [i for i in range(count) if states[i] in (fields.IN_USE, fields.IN_USE_THERE)]
@@ -245,7 +245,7 @@ class NativeCache:
         return key[0] * self._shape[1] + key[1]
 
     def _act(self, command: int, first: int = 0, second: int = 0) -> None:
-        self._program.act(self.address, command, first, second)
+        self._program.act(self.address, command, first, second, 0)
 
     def _keep(self, field: int, array: np.ndarray) -> None:
         """Have the block point at an array, and keep that alive."""

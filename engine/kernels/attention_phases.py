@@ -17,7 +17,7 @@ from engine.kernels.adapter_phases import add_raised, lower
 from engine.kernels.attention_chunks import attend_chunk, first_seen, join_chunks, key_offset, record_size
 from engine.kernels.attention_tiles import spread_row
 from engine.kernels.barrier import take, wait
-from engine.kernels.compiling import compiled
+from engine.kernels.compiling import ONE, compiled
 from engine.kernels.control import (
     ATTENTION_CHUNK as CHUNK,
 )  # fmt: skip
@@ -108,7 +108,7 @@ def attention_phase(
     """All heads of all rows, into ``MIXED [rows, heads * size]``, and prepared for a matmul with weights of the type of
     ``tag``; ``x`` is what the projection was made of, ``adapter`` the one of row 1's queries, or 0."""
     if adapter != 0:
-        lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)), 1)
+        lower(own, adapter, x + 4 * get_i64(layer + 8 * (QKV + INPUTS)), ONE)
     if get_i64(control + 8 * WHOLE_NORM) != 0:
         _find_factors(control, own, layer)
     rows, window = get_i64(own + 8 * OWN_ROWS), get_i64(layer + 8 * WINDOW)

@@ -11,9 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from numba import int64, njit
 from numba.core.codegen import JITCodeLibrary
 from numba.core.registry import cpu_target
+
+# As arguments: of a number that is written out numba makes a version of the called function of its own, and of all that this
+# calls with it.
+NONE, ONE = np.int64(0), np.int64(1)
 
 # For what other compiled functions call; Python cannot.
 compiled: Any = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)

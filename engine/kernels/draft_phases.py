@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.kernels.adapter_phases import ADAPTER_TAG
 from engine.kernels.barrier import wait
-from engine.kernels.compiling import compiled
+from engine.kernels.compiling import ONE, compiled
 from engine.kernels.control import (
     ADAPTER_FIELDS,
     ADAPTERS,
@@ -61,7 +61,7 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
         copy_wide(kv, h, get_i64(control + 8 * EMBEDDING) + kv_size * token * size, size)
         copy_row(state, h, size)
         if get_i64(control + 8 * START_MAP) != 0:
-            matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * START_MAP), condition, 1, buffer)
+            matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * START_MAP), condition, ONE, buffer)
             add_parts(state, buffer, 0, 1, size)
     else:
         copy_row(h, hidden, 2 * size)
@@ -76,10 +76,10 @@ def run_draft(tag: Any, kv: Any, head: Any, kv_size: int, control: int, own: int
         return
     copy_row(x, state, size)
     copy_row(x + 4 * size, condition, size)
-    matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * EXIT_MAP), x, 1, buffer)
+    matmul_phase(ADAPTER_TAG, control, own, get_i64(control + 8 * EXIT_MAP), x, ONE, buffer)
     norm_row(x, buffer, get_i64(control + 8 * NORM), eps, size)
     logits = get_i64(control + 8 * DRAFT_LOGITS)
-    matmul_phase(head, control, own, get_i64(control + 8 * DRAFT_HEAD), x, 1, logits)
+    matmul_phase(head, control, own, get_i64(control + 8 * DRAFT_HEAD), x, ONE, logits)
     if rank == 0:
         norm_row(buffer, buffer, get_i64(control + 8 * NO_GAIN), eps, size)
         count = get_i64(get_i64(control + 8 * DRAFT_HEAD) + 8 * OUTPUTS)

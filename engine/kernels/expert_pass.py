@@ -6,11 +6,15 @@ Rank 0 finds out which experts the rows want and puts together the commands' rec
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
 from engine.kernels.barrier import wait
-from engine.kernels.compiling import compiled
+from engine.kernels.compiling import NONE, compiled
 from engine.kernels.control import (
     CHOSEN,
     EXPERT_ACT,
@@ -55,21 +59,54 @@ from engine.kernels.control import (
     WEIGHTS,
 )  # fmt: skip
 from engine.kernels.expert_phases import choose_experts, experts_down_phase, experts_gate_up_phase
-from engine.kernels.forward_phases import run_kept_layer
-from engine.kernels.intrinsics import get_f32, get_i64, put_i64
+from engine.kernels.intrinsics import I64, get_f32, get_i64, put_i64
+from engine.kernels.lying import linears_there
 from engine.kernels.phases import attend_layer, feed_forward, matmul_phase, norm_rows
 from engine.kernels.rows import add_scaled, copy_row
 from engine.kernels.slot_loads import get, put
-from engine.kernels.turn_fields import ASKED, DONE, IN_USE, IN_USE_THERE, NUM_ASKED, STATES
-from engine.kernels.turns import give_up_turn, linears_of, next_group
-
-if sys.platform == "win32":  # experts are read by Python's threads there
-    from engine.kernels.no_turns import begin_turn, end_group, look_ahead, wait_for_some
-else:
-    from engine.kernels.foresight import look_ahead
-    from engine.kernels.turns import begin_turn, end_group, wait_for_some
+from engine.kernels.turn_fields import (
+    ASKED,
+    CODE,
+    DONE,
+    FINISH,
+    GIVE_UP,
+    GROUP,
+    IN_USE,
+    IN_USE_THERE,
+    LAYER,
+    LINEARS,
+    LOOK_AHEAD,
+    NUM_ASKED,
+    SLOT_OF,
+    START,
+    STATES,
+    TROUBLE,
+)
+from engine.kernels.turn_fields import (
+    NUM_EXPERTS as EXPERTS_OF_A_LAYER,
+)
 
 _NONE = 1 << 62  # more than any expert's number
+
+
+@intrinsic
+def _call(typingctx: Any, code: Any, turns: Any, command: Any, first: Any, second: Any, third: Any) -> Any:
+    """An entry point of five integers at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        # Numba's calling convention: where to put the result and an exception, of which there are none, come first.
+        nowhere = [cgutils.alloca_once(builder, I64) for _ in range(2)]
+        kind = ir.FunctionType(ir.IntType(32), [place.type for place in nowhere] + [I64] * 5)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [*nowhere, *args[1:]])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@compiled
+def _turn(turns: int, command: int, first: int, second: int, third: int) -> None:
+    """Have :func:`engine.kernels.turns.native_code`'s ``turn`` do something."""
+    _call(get_i64(turns + 8 * CODE), turns, command, first, second, third)
 
 
 @compiled
@@ -80,9 +117,12 @@ def run_any_layer(
     sparse = get_i64(control + 8 * SPARSE_LAYERS) + index * (8 * SPARSE_FIELDS)
     layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
     turns, rows = get_i64(control + 8 * TURNS), get_i64(own + 8 * OWN_ROWS)
+    attend_layer(tag, kv, kv_size, control, own, layer, NONE, NONE, NONE, NONE)
     if get_i64(sparse + 8 * OUTPUTS) == 0:
-        return _run_dense(tag, kv, draft, kv_size, control, own, rank, index, layer)
-    attend_layer(tag, kv, kv_size, control, own, layer, 0, 0, 0, 0)
+        if rank == 0 and turns != 0:  # its states may tell the experts of the next layer
+            _turn(turns, LOOK_AHEAD, index, get_i64(own + 8 * OWN_H), rows)
+        feed_forward(tag, control, own, layer, NONE, NONE, False)
+        return True
     norm_rows(control, own, get_i64(layer + 8 * MLP_NORM))
     x, logits = get_i64(own + 8 * OWN_X), get_i64(control + 8 * ROUTER_LOGITS)
     matmul_phase(kv, control, own, sparse, x, rows, logits)
@@ -96,13 +136,13 @@ def run_any_layer(
             _take_all(control, sparse, x, rows)
     wait(control, own)
     if rank == 0 and turns != 0:  # the others have begun
-        look_ahead(turns, index, get_i64(own + 8 * OWN_H), rows)
+        _turn(turns, LOOK_AHEAD, index, get_i64(own + 8 * OWN_H), rows)
     left = get_i64(control + 8 * LEFT)
     while left >= 0:
         experts_gate_up_phase(tag, control, own)
         experts_down_phase(tag, control, own)
         if rank == 0 and turns != 0:
-            end_group(turns)
+            _turn(turns, FINISH, 0, 0, 0)
         if left == 0:
             _add_up(control, own, sparse, rows)
             return True
@@ -112,29 +152,6 @@ def run_any_layer(
         wait(control, own)
         left = get_i64(control + 8 * LEFT)
     return False
-
-
-@compiled
-def _run_dense(
-    tag: Any,
-    kv: Any,
-    draft: Any,
-    kv_size: int,
-    control: int,
-    own: int,
-    rank: int,
-    index: int,
-    layer: int,
-) -> bool:
-    """A layer without experts, whose states may tell those of the next one."""
-    turns = get_i64(control + 8 * TURNS)
-    if turns == 0:
-        return run_kept_layer(tag, kv, draft, kv_size, control, own, rank, index)
-    attend_layer(tag, kv, kv_size, control, own, layer, 0, 0, 0, 0)
-    if rank == 0:
-        look_ahead(turns, index, get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_ROWS))
-    feed_forward(tag, control, own, layer, 0, 0, False)
-    return True
 
 
 @compiled
@@ -232,24 +249,34 @@ def _begin_turn(control: int, turns: int, sparse: int, index: int, x: int, rows:
         wanted = get_i64(control + 8 * WANTED) + i * (8 * WANTED_FIELDS)
         put(turns, ASKED, i, get_i64(wanted + 8 * WANTED_NUMBER))
     put_i64(turns + 8 * NUM_ASKED, many)
-    begin_turn(turns, index)
+    _turn(turns, START, index, 0, 0)
     _take_shared(control, sparse, x, rows)
     _take_group(control, turns, get_i64(control + 8 * NUM_EXPERTS) == 0)
 
 
 @compiled
+def _linears_of(turns: int, i: int, room: int) -> int:
+    """The address of the descriptors of what is asked for and in use."""
+    key = get_i64(turns + 8 * LAYER) * get_i64(turns + 8 * EXPERTS_OF_A_LAYER) + get(turns, ASKED, i)
+    if get(turns, STATES, i) == IN_USE:
+        return get_i64(turns + 8 * LINEARS) + get(turns, SLOT_OF, key) * (8 * 2 * LINEAR_FIELDS)
+    linears_there(turns, key, room)
+    return room
+
+
+@compiled
 def _take_group(control: int, turns: int, waits: bool) -> None:
     """Compute what has come; wait for something to come, if that ``waits``."""
-    while next_group(turns) == 0 and waits:
-        if not wait_for_some(turns):
-            give_up_turn(turns)
-            put_i64(control + 8 * LEFT, -1)
-            return
+    _turn(turns, GROUP, 1 if waits else 0, 0, 0)
+    if get_i64(turns + 8 * TROUBLE) != 0:
+        _turn(turns, GIVE_UP, 0, 0, 0)
+        put_i64(control + 8 * LEFT, -1)
+        return
     left = 0
     for i in range(get_i64(turns + 8 * NUM_ASKED)):
         wanted, state = get_i64(control + 8 * WANTED) + i * (8 * WANTED_FIELDS), get(turns, STATES, i)
         if state in (IN_USE, IN_USE_THERE):
-            _record(control, wanted, linears_of(turns, i, get_i64(control + 8 * THERE)))
+            _record(control, wanted, _linears_of(turns, i, get_i64(control + 8 * THERE)))
         elif state != DONE:
             left += 1
     put_i64(control + 8 * LEFT, left)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.kernels.compiling import compiled
+from engine.kernels.compiling import NONE, compiled
 from engine.kernels.control import (
     BEGUN,
     EMBEDDING,
@@ -39,7 +39,7 @@ def run_layers(tag: Any, kv: Any, kv_size: int, control: int, own: int, rank: in
     for index in range(get_i64(control + 8 * FIRST), last):
         layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
         # Past the last barrier the caller may already be writing the next command, so only rank 0 goes on.
-        run_layer(tag, kv, kv_size, control, own, layer, 0, rank != 0 and index == last - 1)
+        run_layer(tag, kv, kv_size, control, own, layer, NONE, rank != 0 and index == last - 1)
     if rank == 0:
         copy_row(get_i64(control + 8 * OUT), h, count)
 
@@ -64,9 +64,9 @@ def run_kept_layer(
     them."""
     layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
     if index < get_i64(control + 8 * KEPT_LAYERS):
-        run_layer(draft, kv, kv_size, control, own, layer, 0, False)
+        run_layer(draft, kv, kv_size, control, own, layer, NONE, False)
     else:
-        run_layer(tag, kv, kv_size, control, own, layer, 0, False)
+        run_layer(tag, kv, kv_size, control, own, layer, NONE, False)
     return True
 
 

@@ -89,11 +89,12 @@ def load_program(kinds: Kinds) -> Program:
 @dataclass(frozen=True)
 class Turns:
     """How layers get their experts. ``serve`` is :func:`engine.kernels.loads.native_code`'s; the others are
-    :func:`engine.kernels.turns.native_code`'s, once with the interpreter lock and once without."""
+    :func:`engine.kernels.turns.native_code`'s, once with the interpreter lock and once without, and its address."""
 
     serve: Callable[[int, int], None]  # control block, the least urgency
-    act: Callable[[int, int, int, int], None]  # block, command, and two numbers
-    wait: Callable[[int, int, int, int], None]
+    act: Callable[[int, int, int, int, int], None]  # block, command, and three numbers
+    wait: Callable[[int, int, int, int, int], None]
+    address: int
 
 
 @cache
@@ -107,10 +108,12 @@ def load_turns() -> Turns:
     if _c_function("pread") is None:
         raise OSError("there is no pread")
     serve, turn = _objects(("loads",), ("turns",))["serve"], _objects(("turns",))["turn"]
+    address = _place(*turn)
     return Turns(
-        _link(*serve, ctypes.CFUNCTYPE, 2),
-        _link(*turn, ctypes.PYFUNCTYPE, 4),
-        _link(*turn, ctypes.CFUNCTYPE, 4),
+        _function(_place(*serve), ctypes.CFUNCTYPE, 2),
+        _function(address, ctypes.PYFUNCTYPE, 5),
+        _function(address, ctypes.CFUNCTYPE, 5),
+        address,
     )
 
 
@@ -242,6 +245,11 @@ _NOWHERE = ctypes.addressof(_nowhere)
 
 
 def _link(symbol: str, code: bytes, convention: Callable[..., Any], arguments: int) -> Callable[..., None]:
+    return _function(_place(symbol, code), convention, arguments)
+
+
+def _place(symbol: str, code: bytes) -> int:
+    """The address of linked code."""
     import llvmlite.binding as llvm
 
     register_symbols()
@@ -250,8 +258,13 @@ def _link(symbol: str, code: bytes, convention: Callable[..., Any], arguments: i
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
+    address: int = engine.get_function_address(symbol)
+    return address
+
+
+def _function(address: int, convention: Callable[..., Any], arguments: int) -> Callable[..., None]:
     kind = convention(ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * arguments)
-    return partial(kind(engine.get_function_address(symbol)), _NOWHERE, _NOWHERE + 8)
+    return partial(kind(address), _NOWHERE, _NOWHERE + 8)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 from engine.kernels.adapter_phases import add_raised, add_raised_rows, lower
 from engine.kernels.attention_phases import ask_for_first, attention_phase
 from engine.kernels.barrier import take, wait
-from engine.kernels.compiling import compiled
+from engine.kernels.compiling import NONE, ONE, compiled
 from engine.kernels.control import (
     ACT,
     ACT_EXTRAS,
@@ -106,7 +106,7 @@ def _gate_up_phase(tag: Any, control: int, own: int, linear: int, x: int, act: i
     raw = get_i64(control + 8 * GATE_UP)
     act_rounded, act_extras = get_i64(control + 8 * ACT_ROUNDED), get_i64(control + 8 * ACT_EXTRAS)
     if adapter != 0:
-        lower(own, adapter, x + 4 * inputs, 1)
+        lower(own, adapter, x + 4 * inputs, ONE)
     x = prepare_rows(tag, x, rows, inputs, rounded, extras)
     tasks = (size + BLOCK - 1) // BLOCK
     task = take(control, own, tasks)
@@ -145,7 +145,7 @@ def _add_residual(control: int, own: int, linear: int, adapter: int, x: int) -> 
     h = get_i64(own + 8 * OWN_H)
     add_parts(h, get_i64(control + 8 * PARTS_BUFFER), 4 * count, parts_left(control, linear), count)
     if adapter != 0:
-        lower(own, adapter, x + 4 * get_i64(linear + 8 * INPUTS), 1)
+        lower(own, adapter, x + 4 * get_i64(linear + 8 * INPUTS), ONE)
         add_raised(own, adapter, 0, size, h + 4 * size)
 
 
@@ -196,7 +196,7 @@ def run_layer(
     if adapters != 0:
         query, output = adapters + 8 * Q_ADAPTER, adapters + 8 * O_ADAPTER
         gate_up, down = adapters + 8 * GATE_UP_ADAPTER, adapters + 8 * DOWN_ADAPTER
-    attend_layer(tag, kv, kv_size, control, own, layer, query, output, 0, 0)
+    attend_layer(tag, kv, kv_size, control, own, layer, query, output, NONE, NONE)
     feed_forward(tag, control, own, layer, gate_up, down, last)
 
 

@@ -45,38 +45,42 @@ from engine.kernels.intrinsics import atomic_get, atomic_put, get_i64, give_way,
 from engine.kernels.native import Kinds
 from engine.kernels.phases import use_rows
 
-run_forward, run_forward_with_experts = forward_through(run_kept_layer), forward_through(run_any_layer)
+
+def _commands(run_forward: Any) -> Any:
+    """What runs the command in the control block as thread ``rank``. The tags choose the types of weights, cache, draft head
+    and the weights that draft."""
+
+    @compiled
+    def execute(
+        tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
+    ) -> None:
+        if get_i64(control + 8 * COMMAND) == RUN_LAYERS:
+            run_layers(tag, kv, kv_size, control, own, rank)
+        elif get_i64(control + 8 * COMMAND) == RUN_MATMUL:
+            run_matmul(tag, control, own)
+        elif get_i64(control + 8 * COMMAND) == RUN_FORWARD:
+            run_forward(tag, kv, draft, kv_size, control, own, rank)
+        elif get_i64(control + 8 * COMMAND) == RUN_DRAFT:
+            run_draft(draft, kv, head, kv_size, control, own, rank)
+
+    return execute
+
+
+_execute_dense = _commands(forward_through(run_kept_layer))
+_execute_sparse = _commands(forward_through(run_any_layer))
 
 
 @compiled
-def execute(
+def _execute_with_experts(
     tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
 ) -> None:
-    """Run the command in the control block as thread ``rank``. The tags choose the types of weights, cache,
-    draft head and the weights that draft."""
-    if get_i64(control + 8 * COMMAND) == RUN_LAYERS:
-        run_layers(tag, kv, kv_size, control, own, rank)
-    elif get_i64(control + 8 * COMMAND) == RUN_MATMUL:
-        run_matmul(tag, control, own)
-    elif get_i64(control + 8 * COMMAND) == RUN_FORWARD:
-        run_forward(tag, kv, draft, kv_size, control, own, rank)
-    elif get_i64(control + 8 * COMMAND) == RUN_DRAFT:
-        run_draft(draft, kv, head, kv_size, control, own, rank)
-
-
-@compiled
-def execute_with_experts(
-    tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
-) -> None:
-    """As :func:`execute`, with the commands for layers with experts."""
+    """With the commands for layers with experts."""
     if get_i64(control + 8 * COMMAND) == RUN_ATTENTION:
         run_attention(tag, kv, kv_size, control, own, rank)
     elif get_i64(control + 8 * COMMAND) == RUN_EXPERTS:
         run_experts(tag, control, own, rank)
-    elif get_i64(control + 8 * COMMAND) == RUN_FORWARD:
-        run_forward_with_experts(tag, kv, draft, kv_size, control, own, rank)
     else:
-        execute(tag, kv, head, draft, kv_size, control, own, rank)
+        _execute_sparse(tag, kv, head, draft, kv_size, control, own, rank)
 
 
 def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
@@ -91,7 +95,7 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
     names = (kinds.weights, kinds.cache, kinds.draft_head, kinds.draft_layers)
     tag, kv, head, draft = (np.dtype(name).type(0) for name in names)
     kv_size = kv.nbytes
-    run = execute_with_experts if kinds.models == "experts" else execute
+    run = _execute_with_experts if kinds.models == "experts" else _execute_dense
 
     def work(control: int, rank: int, patience: int) -> None:
         own = control + 8 * (RANKS + rank * RANK_FIELDS)

@@ -20,7 +20,7 @@ ABSENT, COMING, READY, PINNED, EXPECTED = 0, 1, 2, 4, 8  # of an expert's status
 # What compiled code asks of Python about an expert now and then, the answer being 1 or 0: whether what was loaded is whole,
 # whether it is in the system's file cache, and whether it may be computed there.
 IS_WHOLE, IS_CACHED, MAY_LIE = range(3)
-START, GROUP, FINISH, GIVE_UP, AHEAD_OF_TIME, NOTE, CLEAR = range(7)  # commands
+START, GROUP, FINISH, GIVE_UP, AHEAD_OF_TIME, LOOK_AHEAD, NOTE, CLEAR = range(8)  # commands
 # States of what a layer has asked for.
 MISSING, WAITING, HELD, LYING, IN_USE, IN_USE_THERE, DONE = range(7)
 LRU, LFU, FORESEEN, LEAST_STALE, REPLAYED = range(5)  # policies
@@ -100,7 +100,8 @@ NOBODY, BY_TASKS, BY_TRACE = range(3)  # predictors
     WINDOW_SIZE,
     WINDOW_HEAD,
     WINDOW_COUNT,
-    CALL,  # address of the function that is asked
+    CALL,  # address of the function of Python's that is asked
+    CODE,  # address of the native code of turns
     TROUBLE,  # 0, or the key, from 1 on, of an expert that could not be loaded
     NUM_FIELDS,
-) = range(68)
+) = range(69)

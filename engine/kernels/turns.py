@@ -1,18 +1,19 @@
 """A layer's turn: what its router has chosen is found in the slots, or brought there, in native code.
 
 :class:`engine.experts.native_cache.NativeCache` makes the block (:mod:`engine.kernels.turn_fields`) and gives layers their turns
-from Python; within a pass :mod:`engine.kernels.expert_pass` does. One thread at a time may.
+from Python; within a pass :mod:`engine.kernels.expert_pass` does, which calls this code by its address: it is compiled once, for
+all weights. One thread at a time may.
 """
 
 from __future__ import annotations
 
 from engine.kernels.compiling import compile_entry_points, compiled
-from engine.kernels.control import LINEAR_FIELDS
+from engine.kernels.foresight import look_ahead
 from engine.kernels.intrinsics import get_i64, put_i64
 from engine.kernels.load_fields import DEMANDED
 from engine.kernels.load_fields import EXPECTED as WHEN_EXPECTED
 from engine.kernels.loads import nanoseconds, wait_for_more
-from engine.kernels.lying import leave_there, lies, linears_there
+from engine.kernels.lying import leave_there, lies
 from engine.kernels.scalars import get_f64, put_f64
 from engine.kernels.slot_loads import (
     at,
@@ -49,8 +50,8 @@ from engine.kernels.turn_fields import (
     IN_USE_THERE,
     LATE,
     LAYER,
-    LINEARS,
     LOADS,
+    LOOK_AHEAD,
     LYING,
     MISSES,
     MISSING,
@@ -64,7 +65,6 @@ from engine.kernels.turn_fields import (
     RANKS,
     READY,
     SEEN,
-    SLOT_OF,
     STALLED,
     START,
     STATES,
@@ -195,16 +195,6 @@ def next_group(block: int) -> int:
 
 
 @compiled
-def linears_of(block: int, i: int, room: int) -> int:
-    """The address of the descriptors of what is asked for and ``IN_USE``."""
-    if get(block, STATES, i) == IN_USE:
-        slot = get(block, SLOT_OF, _key(block, i))
-        return get_i64(block + 8 * LINEARS) + slot * (8 * 2 * LINEAR_FIELDS)
-    linears_there(block, _key(block, i), room)
-    return room
-
-
-@compiled
 def wait_for_some(block: int) -> bool:
     """Until something that is asked for and was not there has come; False: it cannot be loaded."""
     began = nanoseconds()
@@ -225,21 +215,18 @@ def wait_for_some(block: int) -> bool:
 
 
 @compiled
-def end_group(block: int) -> int:
-    """What was in use has been computed; how many are left."""
-    left = 0
+def end_group(block: int) -> None:
+    """What was in use has been computed."""
     for i in range(get_i64(block + 8 * NUM_ASKED)):
         state, key = get(block, STATES, i), _key(block, i)
         if state == IN_USE:
             put(block, STATUS, key, get(block, STATUS, key) & ~PINNED)
         elif state == IN_USE_THERE:
             leave_there(block, key)
-        elif state != DONE:
-            left += 1
+        else:
             continue
         put(block, STATES, i, DONE)
     _start(block)
-    return left
 
 
 @compiled
@@ -254,17 +241,18 @@ def give_up_turn(block: int) -> None:
 def native_code() -> dict[str, tuple[str, bytes]]:
     """The entry point, compiled for this CPU: its symbol and its object file.
 
-    ``turn(block, command, first, second)``: ``START`` begins the turn of layer ``first``, ``GROUP`` waits until there is
-    something to compute, unless there is trouble, and ``FINISH`` is for when it has been computed; ``GIVE_UP`` at any time.
-    ``AHEAD_OF_TIME`` loads ``second`` keys that lie at ``first`` ahead of time, ``NOTE`` notes what has come, and ``CLEAR`` has one
-    more slot free, if one can be had.
+    ``turn(block, command, first, second, third)``: ``START`` begins the turn of layer ``first``. ``GROUP`` has some of what it
+    asked for ``IN_USE``, and waits for that if ``first`` is not 0, unless there is trouble; ``FINISH`` is for when it has been
+    computed, and ``GIVE_UP`` for any time. ``AHEAD_OF_TIME`` loads ``second`` keys that lie at ``first`` ahead of time,
+    ``LOOK_AHEAD`` what the predictor names of layer ``first`` with ``third`` states at ``second``. ``NOTE`` notes what has come,
+    and ``CLEAR`` has one more slot free, if one can be had.
     """
 
-    def turn(block: int, command: int, first: int, second: int) -> None:
+    def turn(block: int, command: int, first: int, second: int, third: int) -> None:
         if command == START:
             begin_turn(block, first)
         elif command == GROUP:
-            while next_group(block) == 0 and wait_for_some(block):
+            while next_group(block) == 0 and first != 0 and wait_for_some(block):
                 pass
         elif command == FINISH:
             end_group(block)
@@ -272,6 +260,8 @@ def native_code() -> dict[str, tuple[str, bytes]]:
             give_up_turn(block)
         elif command == AHEAD_OF_TIME:
             load_ahead(block, first, second)
+        elif command == LOOK_AHEAD:
+            look_ahead(block, first, second, third)
         elif command == NOTE:
             take_in(block)
         elif command == CLEAR:
