@@ -20,6 +20,7 @@ from engine.experts.eviction import EVICTION_POLICIES
 from engine.experts.eviction.belady import Belady
 from engine.experts.model import prepare_store
 from engine.experts.native_cache import NativeCache
+from engine.experts.prediction.accelerated import Accelerated, StreamedDecoder
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.prediction.replay import Oracle
 from engine.experts.prefetcher import Prefetcher
@@ -32,6 +33,7 @@ from engine.kernels.expert_stepper import FusedExpertStepper
 from engine.models.loader import load_decoder
 from engine.models.stepper import make_stepper
 from tests import tiny
+from tests.test_expert_tiers import random_stream
 
 LRU = EVICTION_POLICIES["lru"]
 SLOW = Link(4e6)  # some 5 ms a load
@@ -243,7 +245,7 @@ def test_it_decides_as_python_does(
         python.stop()
 
 
-@pytest.mark.parametrize("predictor", ["none", "next gate", "oracle"])
+@pytest.mark.parametrize("predictor", ["none", "next gate", "two layers ahead", "accelerated", "oracle"])
 def test_a_pass_in_one_command_has_the_same_turns(
     folder: Path, store: ExpertStore, caches: Callable[..., NativeCache], predictor: str
 ) -> None:
@@ -256,8 +258,11 @@ def test_a_pass_in_one_command_has_the_same_turns(
         if way == "recorded":
             cache.recording = trace
         decoder = resident.with_experts(lambda layer, cache=cache: LayerExperts(cache, layer))
-        if way != "recorded" and predictor != "none":
-            named = NextGate(decoder) if predictor == "next gate" else Oracle(trace)
+        if way != "recorded" and predictor == "accelerated":
+            decoder = streamed = StreamedDecoder(decoder, random_stream(decoder))
+            decoder.watch = Prefetcher(cache, Accelerated(streamed), always=True)
+        elif way != "recorded" and predictor != "none":
+            named = Oracle(trace) if predictor == "oracle" else NextGate(decoder, 1 + (predictor[0] == "t"))
             decoder.watch = Prefetcher(cache, named, always=True)
         stepper = make_stepper(decoder)
         assert isinstance(stepper, FusedExpertStepper)

@@ -34,9 +34,10 @@ KEPT_LAYERS = 107  # the first so many, which draft steps read too
 MIXED, MIXED_ROUNDED, MIXED_EXTRAS, ACT_ROUNDED, ACT_EXTRAS = range(108, 113)
 TOOK = 113  # ticks, rank 0 for the last command
 # For layers with experts within a pass (:mod:`engine.kernels.expert_pass`). TURNS is the address of a block of
-# :mod:`engine.kernels.turns`, or 0, and THERE of room for an expert's linears.
-SPARSE_LAYERS, WANTED, NUM_WANTED, LEFT, SOURCES, EXPERT_OUTS, EXPERT_ACTS, GATHERED, TURNS, THERE = range(
-    114, 124
+# :mod:`engine.kernels.turns`, or 0, and THERE of room for an expert's linears. STREAM is the
+# address of what an accelerated stream does in each layer, or 0.
+SPARSE_LAYERS, WANTED, NUM_WANTED, LEFT, SOURCES, EXPERT_OUTS, EXPERT_ACTS, GATHERED, TURNS, THERE, STREAM = (
+    range(114, 125)
 )
 RANKS = 128  # per thread RANK_FIELDS
 RANK_FIELDS = 48
@@ -47,6 +48,7 @@ RANK_FIELDS = 48
 ) = range(23)  # fmt: skip
 # Ticks that it has spent in long waits for others, and when the present one became long.
 HELD_UP, SINCE = 23, 24
+OWN_SIDE = 25  # rows of an accelerated stream behind the slow ones
 TICKETS, HELPED = 32, 33  # what other threads write as well, when they help
 ARRIVED = 40  # at the end of how many phases: what they wait for
 RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 8)
@@ -75,6 +77,11 @@ ROUTER_FIELDS = LINEAR_FIELDS + 2
 # their inner size; the shared expert's linears.
 SPARSE_TABLE, SPARSE_INNER, SPARSE_SHARED = range(ROUTER_FIELDS, ROUTER_FIELDS + 3)
 SPARSE_FIELDS = SPARSE_SHARED + 2 * LINEAR_FIELDS
+
+# Of each layer: whether the accelerated stream begins anew there, and whether it ends behind its attention part; its
+# adapters beside that and beside the feed-forward part.
+STREAM_RESTARTS, STREAM_ENDS, STREAM_ATTENTION, STREAM_FEED_FORWARD = range(4)
+STREAM_FIELDS = 4
 
 # One expert's work: its two linears, and the addresses of its inputs ``[rows, D]``, of what is between the linears
 # ``[rows, F]`` and of its outputs ``[rows, D]``.

@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.barrier import wait
 from engine.kernels.compiling import NONE, compiled
 from engine.kernels.control import (
@@ -37,6 +38,7 @@ from engine.kernels.control import (
     OUTPUTS,
     OWN_H,
     OWN_ROWS,
+    OWN_SIDE,
     OWN_X,
     ROUTER_LOGITS,
     ROUTER_SHARED,
@@ -46,6 +48,12 @@ from engine.kernels.control import (
     SPARSE_LAYERS,
     SPARSE_SHARED,
     SPARSE_TABLE,
+    STREAM,
+    STREAM_ATTENTION,
+    STREAM_ENDS,
+    STREAM_FEED_FORWARD,
+    STREAM_FIELDS,
+    STREAM_RESTARTS,
     THERE,
     TOP_K,
     TURNS,
@@ -59,7 +67,7 @@ from engine.kernels.control import (
     WEIGHTS,
 )  # fmt: skip
 from engine.kernels.expert_phases import choose_experts, experts_down_phase, experts_gate_up_phase
-from engine.kernels.intrinsics import I64, get_f32, get_i64, put_i64
+from engine.kernels.intrinsics import I64, get_f32, get_i64, put_f32, put_i64
 from engine.kernels.lying import linears_there
 from engine.kernels.phases import attend_layer, feed_forward, matmul_phase, norm_rows
 from engine.kernels.rows import add_scaled, copy_row
@@ -113,30 +121,43 @@ def _turn(turns: int, command: int, first: int, second: int, third: int) -> None
 def run_any_layer(
     tag: Any, kv: Any, draft: Any, kv_size: int, control: int, own: int, rank: int, index: int
 ) -> bool:
-    """Layer ``index`` on every thread's own copy of the residual rows; False: an expert of it cannot be loaded."""
+    """Layer ``index`` on every thread's own copy of the residual rows; False: an expert of it cannot be loaded.
+
+    Where there is a ``STREAM``, its rows lie behind the slow ones.
+    """
     sparse = get_i64(control + 8 * SPARSE_LAYERS) + index * (8 * SPARSE_FIELDS)
     layer = get_i64(control + 8 * LAYERS) + index * (8 * LAYER_FIELDS)
-    turns, rows = get_i64(control + 8 * TURNS), get_i64(own + 8 * OWN_ROWS)
-    attend_layer(tag, kv, kv_size, control, own, layer, NONE, NONE, NONE, NONE)
+    turns, h = get_i64(control + 8 * TURNS), get_i64(own + 8 * OWN_H)
+    size, stream = 4 * get_i64(control + 8 * HIDDEN_SIZE), _begin_stream(control, own, index)
+    side = get_i64(own + 8 * OWN_SIDE)
+    slow = get_i64(own + 8 * OWN_ROWS) - side
+    attention = get_i64(stream + 8 * STREAM_ATTENTION) if side != 0 else NONE
+    attend_layer(tag, kv, kv_size, control, own, layer, NONE, NONE, attention, side)
     if get_i64(sparse + 8 * OUTPUTS) == 0:
         if rank == 0 and turns != 0:  # its states may tell the experts of the next layer
-            _turn(turns, LOOK_AHEAD, index, get_i64(own + 8 * OWN_H), rows)
+            _look_ahead(turns, index, h, slow, side, size)
+        _end_stream(own, stream, slow)
         feed_forward(tag, control, own, layer, NONE, NONE, False)
+        _add_beside(own, stream, slow, size)
         return True
+    seen = side
+    side = _end_stream(own, stream, slow)
     norm_rows(control, own, get_i64(layer + 8 * MLP_NORM))
     x, logits = get_i64(own + 8 * OWN_X), get_i64(control + 8 * ROUTER_LOGITS)
-    matmul_phase(kv, control, own, sparse, x, rows, logits)
+    matmul_phase(kv, control, own, sparse, x, slow, logits)
     if rank == 0:
-        for row in range(rows):
+        for row in range(slow):
             choose_experts(control, own, sparse, logits, row)
-        _want(control, sparse, x, rows)
+        _follow_slow_rows(control, sparse, slow, side)
+        _want(control, sparse, x, slow + side)
         if turns != 0:
-            _begin_turn(control, turns, sparse, index, x, rows)
+            _begin_turn(control, turns, sparse, index, x, slow + side)
         else:
-            _take_all(control, sparse, x, rows)
+            _take_all(control, sparse, x, slow + side)
     wait(control, own)
     if rank == 0 and turns != 0:  # the others have begun
-        _turn(turns, LOOK_AHEAD, index, get_i64(own + 8 * OWN_H), rows)
+        _look_ahead(turns, index, h, slow, seen, size)
+    _add_beside(own, stream, slow, size)
     left = get_i64(control + 8 * LEFT)
     while left >= 0:
         experts_gate_up_phase(tag, control, own)
@@ -144,7 +165,7 @@ def run_any_layer(
         if rank == 0 and turns != 0:
             _turn(turns, FINISH, 0, 0, 0)
         if left == 0:
-            _add_up(control, own, sparse, rows)
+            _add_up(control, own, sparse, slow + side)
             return True
         if rank == 0:
             put_i64(control + 8 * NUM_EXPERTS, 0)
@@ -152,6 +173,63 @@ def run_any_layer(
         wait(control, own)
         left = get_i64(control + 8 * LEFT)
     return False
+
+
+@compiled
+def _look_ahead(turns: int, index: int, h: int, slow: int, side: int, size: int) -> None:
+    """Have the predictor see the states before the feed-forward part: the accelerated ones, if there are any."""
+    if side != 0:
+        _turn(turns, LOOK_AHEAD, index, h + slow * size, side)
+    else:
+        _turn(turns, LOOK_AHEAD, index, h, slow)
+
+
+@compiled
+def _begin_stream(control: int, own: int, index: int) -> int:
+    """The address of what the accelerated stream does in a layer, 0 if there is none. Where it begins anew, its rows are the
+    slow ones."""
+    if index == 0:
+        put_i64(own + 8 * OWN_SIDE, 0)
+    if get_i64(control + 8 * STREAM) == 0:
+        return 0
+    stream = get_i64(control + 8 * STREAM) + index * (8 * STREAM_FIELDS)
+    if get_i64(stream + 8 * STREAM_RESTARTS) != 0:
+        h, rows = get_i64(own + 8 * OWN_H), get_i64(own + 8 * OWN_ROWS) - get_i64(own + 8 * OWN_SIDE)
+        count = rows * get_i64(control + 8 * HIDDEN_SIZE)
+        copy_row(h + 4 * count, h, count)
+        put_i64(own + 8 * OWN_SIDE, rows)
+        put_i64(own + 8 * OWN_ROWS, 2 * rows)
+    return stream
+
+
+@compiled
+def _end_stream(own: int, stream: int, slow: int) -> int:
+    """Behind a layer's attention part the accelerated rows may have said what they were for; how many are left."""
+    if stream != 0 and get_i64(stream + 8 * STREAM_ENDS) != 0:
+        put_i64(own + 8 * OWN_SIDE, 0)
+        put_i64(own + 8 * OWN_ROWS, slow)
+    return get_i64(own + 8 * OWN_SIDE)
+
+
+@compiled
+def _add_beside(own: int, stream: int, slow: int, size: int) -> None:
+    """What the adapter beside the feed-forward part makes of the accelerated rows, which are normed."""
+    side = get_i64(own + 8 * OWN_SIDE)
+    if side != 0:
+        adapter = get_i64(stream + 8 * STREAM_FEED_FORWARD)
+        lower(own, adapter, get_i64(own + 8 * OWN_X) + slow * size, side)
+        add_raised_rows(own, adapter, side, get_i64(own + 8 * OWN_H) + slow * size)
+
+
+@compiled
+def _follow_slow_rows(control: int, sparse: int, slow: int, side: int) -> None:
+    """Accelerated rows go through their slow rows' experts."""
+    count, places = get_i64(control + 8 * TOP_K), _places(control, sparse)
+    chosen, weights = get_i64(control + 8 * CHOSEN), get_i64(control + 8 * WEIGHTS)
+    for i in range(side * count):
+        put_i64(chosen + 8 * (slow * count + i), get_i64(chosen + 8 * i))
+    for i in range(side * places):
+        put_f32(weights + 4 * (slow * places + i), get_f32(weights + 4 * i))
 
 
 @compiled

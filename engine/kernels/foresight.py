@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from engine.kernels.compiling import compiled
 from engine.kernels.foretell import foretell_rows
-from engine.kernels.foretell_fields import CHANCES
+from engine.kernels.foretell_fields import CHANCES, TARGET
 from engine.kernels.foretell_fields import NAMED as NAMED_BY
 from engine.kernels.intrinsics import get_i64, put_i64
 from engine.kernels.scalars import get_f64
@@ -48,14 +48,9 @@ def look_ahead(block: int, layer: int, states: int, rows: int) -> None:
         if get_i64(block + 8 * ACTIVE) == 0:
             return
         named = get_i64(task + 8 * NAMED_BY)
+        first = get_i64(task + 8 * TARGET) * get_i64(block + 8 * NUM_EXPERTS)
         for rank in range(get_i64(named)):
-            many = _name(
-                block,
-                (layer + 1) * get_i64(block + 8 * NUM_EXPERTS),
-                get_i64(named + 8 * (1 + rank)),
-                rank,
-                many,
-            )
+            many = _name(block, first, get_i64(named + 8 * (1 + rank)), rank, many)
     elif predictor == BY_TRACE:
         many = _replay(block, layer)
     if many > 0:

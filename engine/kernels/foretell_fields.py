@@ -18,5 +18,6 @@ SIZE_STEP = 16  # what sizes are multiples of
     NAMED,  # of how many they are and their numbers, the likeliest first, int64 [1 + experts]
     CHANCES,  # of what the last map gives, float32 [experts, up to a multiple of SIZE_STEP]; 0: nobody asks
     SCRATCH,  # of float32 [maps + 3, experts, up to a multiple of SIZE_STEP]
+    TARGET,  # the layer whose experts are named
     NUM_FIELDS,
-) = range(14)
+) = range(15)

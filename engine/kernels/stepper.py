@@ -134,7 +134,7 @@ class FusedStepper:
         self.use_tokens(ids)
         for place, row in enumerate(begun):
             self._begun[place] = row.data_ptr()
-        self.use_positions(*row_places(cache.length, rows, instead_of))
+        self.use_positions(*self._row_places(cache.length, rows, instead_of))
         if rows > self._vocabulary.shape[0]:
             self._vocabulary = torch.empty(rows, self._vocabulary.shape[1])
         out = torch.empty(rows, self.decoder.config.hidden_size)
@@ -153,6 +153,12 @@ class FusedStepper:
             },
         )
         return out, self._vocabulary[:rows]
+
+    def _row_places(
+        self, start: int, count: int, instead_of: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Positions and slots of the rows of a pass."""
+        return row_places(start, count, instead_of)
 
     def prefill(self, ids: Sequence[int], cache: KVCache) -> None:
         cache.ensure(cache.length + len(ids))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from engine.experts.prediction.accelerated import MOST_ROWS, StreamedDecoder
 from engine.kernels import control
 from engine.kernels.adapters import describe_adapter
 from engine.kernels.expert_stepper import FusedExpertStepper, Side
+from engine.models.kv_cache import KVCache
+from engine.models.stepper import forward_in_parts
 
 
 class FusedStreamStepper(FusedExpertStepper):
@@ -22,7 +25,7 @@ class FusedStreamStepper(FusedExpertStepper):
     def __init__(self, decoder: StreamedDecoder, num_threads: int) -> None:
         super().__init__(decoder, num_threads)
         self._streamed, stream = decoder, decoder.stream
-        self._in_one = False  # the accelerated rows go through each layer's experts as well
+        self._stream = np.zeros((decoder.config.num_layers, control.STREAM_FIELDS), np.int64)
         self._adapters = {
             index: [describe_adapter(self.table, low_rank) for low_rank in (layer.attention, layer.ffn)]
             for index, layer in (
@@ -30,6 +33,34 @@ class FusedStreamStepper(FusedExpertStepper):
             )
         }
         self.reserve_adapters(stream.config.rank)
+        last = decoder.config.num_layers - 1
+        for index, adapters in self._adapters.items():
+            self._stream[index] = (
+                stream.restarts(index),
+                index == last or stream.restarts(index + 1),
+                *(pair.ctypes.data for pair in adapters),
+            )
+        self.team.control[control.STREAM] = self._stream.ctypes.data
+
+    def forward(
+        self,
+        ids: Sequence[int],
+        cache: KVCache,
+        begun: Sequence[Tensor] = (),
+        depth: int = 0,
+        instead_of: Sequence[int] = (),
+    ) -> tuple[Tensor, Tensor]:
+        if begun or 2 * len(ids) > self._most_rows:
+            return forward_in_parts(self, ids, cache, begun, depth, instead_of)
+        self._streamed.state = None
+        return super().forward(ids, cache, begun, depth, instead_of)
+
+    def _row_places(
+        self, start: int, count: int, instead_of: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """The accelerated rows write no keys and values."""
+        positions, slots = super()._row_places(start, count, instead_of)
+        return [*positions, *positions], [*slots, *[-1] * count]
 
     def _run_apart(
         self, index: int, hidden: Tensor, positions: Sequence[int], slots: Sequence[int]

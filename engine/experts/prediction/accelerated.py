@@ -83,6 +83,8 @@ class Accelerated:
         self.name = f"accelerated {decoder.stream.config.interval}"
         self._decoder = decoder
         self._next_gate = NextGate(decoder, 1, num_experts)
+        targets = {layer: decoder.stream.target(layer) for layer in range(decoder.config.num_layers)}
+        self._all = self._next_gate.read_at({at: to for at, to in targets.items() if to is not None})
 
     def predict(self, layer: int, hidden: Tensor) -> Sequence[Key]:
         decoder, stream = self._decoder, self._decoder.stream
@@ -92,3 +94,6 @@ class Accelerated:
         if target is None:
             return []
         return [(target, number) for number in self._next_gate.numbers(target, decoder.state[0])]
+
+    def native_form(self) -> dict[int, int] | None:
+        return None if self._all is None else self._all.native_form()

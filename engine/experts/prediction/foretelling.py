@@ -44,6 +44,7 @@ class Foretelling:
     Args:
         eps: what is added to the mean square of a state before it is divided by its root.
         num_chosen: how many experts a router chooses.
+        target: the layer whose experts are named.
 
     Attributes:
         address: of the task that the native code knows it by.
@@ -53,7 +54,7 @@ class Foretelling:
         Exception: as LLVM has it.
     """
 
-    def __init__(self, maps: Maps, eps: float, num_chosen: int) -> None:
+    def __init__(self, maps: Maps, eps: float, num_chosen: int, target: int) -> None:
         num_maps, num_experts, size = maps.matrix.shape
         step = -(-num_experts // fields.SIZE_STEP) * fields.SIZE_STEP
         self._foretell = load_foretell()
@@ -75,6 +76,7 @@ class Foretelling:
             fields.NAMED: named.ctypes.data,
             fields.CHANCES: chances.ctypes.data if maps.again else 0,
             fields.SCRATCH: scratch.ctypes.data,
+            fields.TARGET: target,
         }.items():
             task[field] = value
         self.address = task.ctypes.data

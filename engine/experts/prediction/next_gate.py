@@ -9,7 +9,7 @@ The norm before a router divides by a length, which changes no order: its gains 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
 import numpy as np
@@ -44,9 +44,7 @@ class NextGate:
                 self._num_experts = self._num_experts or layer.ffn.config.num_experts_per_tok
                 self._gates[index] = layer.ffn.router.float() * layer.mlp_norm.float()
         self._rows = self._native_rows() if find_spec("numba") else {}
-        # Passes of native code look one layer ahead.
-        one_ahead = lookahead == 1 and self._gates and len(self._rows) == len(self._gates)
-        self._all = Foretellings({i - 1: rows for i, rows in self._rows.items() if i}) if one_ahead else None
+        self._all = self.read_at({index - lookahead: index for index in self._gates})
 
     def _native_rows(self) -> dict[int, Foretelling]:
         """Readers of a few rows, by the layer whose router it is; none where there are none."""
@@ -56,7 +54,7 @@ class NextGate:
             if fits(gate):
                 own = Maps(gate[None].contiguous(), torch.zeros(1, len(gate)), scales, True, False, 0.0)
                 try:
-                    found[index] = Foretelling(own, 1e-6, count)
+                    found[index] = Foretelling(own, 1e-6, count, index)
                 except Exception as error:  # an LLVM problem must not keep anyone from chatting
                     _log.info("the next gate is read by torch: %s", error)
                     return {}
@@ -74,6 +72,12 @@ class NextGate:
             # Between two commands of the kernels: torch's or a BLAS's threads would wait for theirs.
             return self._rows[target].read(hidden)
         return likely_experts(hidden.float() @ self._gates[target].T, self._num_experts or 1)
+
+    def read_at(self, targets: Mapping[int, int]) -> Foretellings | None:
+        """What native code reads at each layer, for the router of another one; None: it does not."""
+        if not self._rows or not set(targets.values()) <= self._rows.keys():
+            return None
+        return Foretellings({layer: self._rows[target] for layer, target in targets.items() if layer >= 0})
 
     def native_form(self) -> dict[int, int] | None:
         return None if self._all is None else self._all.native_form()

@@ -99,7 +99,7 @@ class _Reader:
         if fits(weights) and find_spec("numba"):
             own = Maps(weights, offsets, self.scales, self.ahead, self.again, _LEAST_CHANCE)
             try:
-                self.rows = Foretelling(own, maps.eps, num_chosen)
+                self.rows = Foretelling(own, maps.eps, num_chosen, layer + 1)
             except Exception as error:  # an LLVM problem must not keep anyone from chatting
                 _log.info("the ridge gate is read by torch: %s", error)
 
