@@ -158,10 +158,10 @@ class FusedExpertStepper(FusedStepper):
             places = range(start, start + count)
             return self._run_apart(index, rows, places, places)
         pieces = [
-            self.run_layers(piece, cache, start + number * MAX_ROWS, index, index + 1)
+            self.run_layers(piece, cache, start + number * MAX_ROWS, index, index + 1).numpy()
             for number, piece in enumerate(rows.split(MAX_ROWS))
         ]
-        return torch.cat(pieces)
+        return torch.from_numpy(np.concatenate(pieces))
 
     def _run_apart(
         self, index: int, hidden: Tensor, positions: Sequence[int], slots: Sequence[int]
@@ -330,39 +330,41 @@ class _Work:
     def __init__(
         self, stepper: FusedExpertStepper, attended: Attended, meanwhile: Callable[[], None] | None
     ) -> None:
-        normed, weights, added = attended.normed, attended.weights, attended.added
-        self._stepper, self._normed, self._attended = stepper, normed, attended
+        weights, added = attended.weights, attended.added
+        # numpy: torch's threads would stay awake for a while behind each copy, on the cores of the kernels' own.
+        self._stepper, self._normed, self._attended = stepper, attended.normed.numpy(), attended
         self._meanwhile = meanwhile
-        self.result = torch.empty_like(normed)
-        rows, size = normed.shape
-        self._places = torch.empty(weights.shape[1], rows, size)  # what came out for each row and place
+        self.result = torch.empty_like(attended.normed)
+        rows, size = self._normed.shape
+        self._places = np.empty(
+            (weights.shape[1], rows, size), np.float32
+        )  # what came out for each row and place
         self._fields = {
             control.ROWS: rows,
             control.HIDDEN: attended.hidden.data_ptr(),
             control.OUT: self.result.data_ptr(),
-            control.PLACES: self._places.data_ptr(),
+            control.PLACES: self._places.ctypes.data,
             control.WEIGHTS: weights.ctypes.data,
             control.NUM_PLACES: weights.shape[1],
             control.SIDE_ROWS: 0 if added is None else added.shape[0],
             control.SIDE_OUT: 0 if added is None else added.data_ptr(),
         }
         self._count = self._act = 0
-        self._scattered: list[tuple[Tensor, np.ndarray, np.ndarray, Tensor]] = []
+        self._scattered: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add(self, described: Descriptors, place: int) -> None:
         """An expert for all rows, its results in ``place``."""
-        rows, size = self._normed.shape
-        out = self._places.data_ptr() + 4 * place * rows * size
-        self._record(described, self._normed.data_ptr(), out, rows)
+        out = self._places[place].ctypes.data
+        self._record(described, self._normed.ctypes.data, out, self._normed.shape[0])
 
     def add_some(self, described: Descriptors, rows: np.ndarray, places: np.ndarray) -> None:
         """An expert for some rows, the results of each in its own place."""
         if sum(len(given) for _, given, _, _ in self._scattered) + len(rows) > PREFILL_CHUNK:
             self._scatter()  # a prompt's copies for all experts at once would take much memory
         x = self._normed[rows]
-        out = torch.empty_like(x)
+        out = np.empty_like(x)
         self._scattered.append((out, rows, places, x))
-        self._record(described, x.data_ptr(), out.data_ptr(), rows.shape[0])
+        self._record(described, x.ctypes.data, out.ctypes.data, rows.shape[0])
 
     def run(self, add_up: bool) -> None:
         """Compute what was added; then, if that is all, add up."""

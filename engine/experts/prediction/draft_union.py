@@ -18,6 +18,7 @@ from engine.models.kv_cache import KVCache
 from engine.models.stepper import Stepper
 from engine.residuals.drafter import Draft, Drafter
 from engine.residuals.expert_stream import ExpertStream
+from engine.threads import use_threads
 
 
 def named_experts(stream: ExpertStream, draft: Draft, count: int) -> list[Key]:
@@ -62,7 +63,8 @@ class UnionDrafter:
         least: float = 1.0,
     ) -> Draft:
         draft = self._inner.draft(token, state, cache, position, rank, least)
-        with torch.inference_mode():
+        # Torch's other threads would stay awake for a while, on the cores of those that verify.
+        with torch.inference_mode(), use_threads(1):
             keys = named_experts(self._stream, draft, self._count)
         self._cache.prefetch(key for key in keys if key[0] < self._last)
         return draft

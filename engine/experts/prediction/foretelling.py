@@ -14,7 +14,8 @@ from engine.kernels import foretell_fields as fields
 from engine.kernels import turn_fields
 from engine.kernels.native import load_foretell
 
-MOST_ROWS = 16  # of more, such as a prompt's, torch multiplies faster
+# Torch multiplies many rows faster, but its threads stay awake for a while behind that, on the cores of the kernels' own.
+MOST_ROWS = 256
 
 
 @dataclass(frozen=True)
