@@ -278,3 +278,26 @@ def test_a_pass_in_one_command_has_the_same_turns(
     ours, theirs = (replace(seen[way][2], stall_seconds=0.0) for way in ("in one", "in parts"))
     assert ours == theirs and ours.expert_hits > 0
     assert (ours.prefetch_used > 0) == (predictor != "none")
+
+
+def test_loads_ahead_within_passes_stop_where_they_do_not_pay(
+    folder: Path, store: ExpertStore, caches: Callable[..., NativeCache]
+) -> None:
+    cache = caches(9)
+    decoder = load_decoder(folder, "fp32").with_experts(lambda layer: LayerExperts(cache, layer))
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 2.0 if prefetcher.active else 1.0
+        return now
+
+    prefetcher = decoder.watch = Prefetcher(cache, NextGate(decoder), clock=clock)
+    stepper = make_stepper(decoder)
+    kv, quiet = decoder.new_cache(64), 0
+    for _ in range(100):
+        before = cache.stats.prefetch_issued
+        stepper.forward([40], kv)
+        quiet += cache.stats.prefetch_issued == before
+        assert prefetcher.active or cache.stats.prefetch_issued == before
+    assert not prefetcher.enabled and cache.stats.prefetch_issued > 0 and quiet >= 50

@@ -20,7 +20,6 @@ from engine.experts.slots import HostSlot, HostSlots
 from engine.experts.store import ExpertStore, Key, Shape, unreadable
 from engine.kernels import load_fields
 from engine.kernels import turn_fields as fields
-from engine.kernels.control import LINEAR_FIELDS
 from engine.kernels.linears import LinearTable
 from engine.kernels.native import load_turns
 from engine.metrics import ExpertStats
@@ -89,6 +88,7 @@ class NativeCache:
         if in_place is not None:
             self._compute_in_place(in_place)
         self._held: list[HostSlot | None] = []
+        self._descriptors: list[list[int]] = []
         self._loads = NativeLoads(self._program, store, num_threads, link)
         self._fields[fields.LOADS] = self._loads.address
         try:
@@ -186,6 +186,7 @@ class NativeCache:
         for slot in more:
             place = next((i for i, held in enumerate(self._held) if held is None), len(self._held))
             self._held[place : place + 1] = [cast(HostSlot, slot)]
+            self._descriptors[place : place + 1] = [_linears(slot.expert)]
             free.append(place)
         self.num_slots = max(self.num_slots, num_slots)
         self._describe_slots(free)
@@ -324,9 +325,7 @@ class NativeCache:
         return True
 
 
-def _linears(expert: FeedForward | None) -> list[int]:
-    """The descriptors of both matrices; zeros for none."""
-    if expert is None:
-        return [0] * (2 * LINEAR_FIELDS)
+def _linears(expert: FeedForward) -> list[int]:
+    """The descriptors of both matrices."""
     table = LinearTable()
     return [int(field) for linear in expert.matrices() for field in table.describe_passing(linear)]
