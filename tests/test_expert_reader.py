@@ -13,7 +13,7 @@ import pytest
 from engine.errors import ExpertStoreError
 from engine.experts import model
 from engine.experts.model import prepare_store
-from engine.experts.reader import DEMANDED, EXPECTED, Ended, Link, Load, ThreadedReader
+from engine.experts.reader import DEMANDED, EXPECTED, Ended, Link, Load, Reader
 from engine.experts.slots import HostSlot, HostSlots
 from engine.experts.store import ExpertStore
 from tests import tiny
@@ -38,7 +38,7 @@ class Running:
     """A reader, and what has ended of its loads."""
 
     def __init__(self, store: ExpertStore, link: Link | None = None) -> None:
-        self.reader, self.store = ThreadedReader(store, 2, link), store
+        self.reader, self.store = Reader(store, 2, link), store
         self.slots = [
             slot for slot in HostSlots(store.layout).make(len(store.keys)) if isinstance(slot, HostSlot)
         ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +205,19 @@ def test_slots_come_and_go(store: ExpertStore, caches: Callable[..., NativeCache
             found = bytes_of(cache, layer, [1, 4, 6, 7])
             assert found == {number: wanted(store, (layer, number)) for number in (1, 4, 6, 7)}
         assert len(cache.residents()) == min(count, 12)
+
+
+def test_its_memory_goes_with_the_last_reference(store: ExpertStore) -> None:
+    cache = NativeCache(store, 3, LRU, None, 3, HostSlots(store.layout), None)
+    assert bytes_of(cache, 0, [0, 1])
+    cache.stop()
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_the_right_one_is_made(store: ExpertStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, cast, runtime_checkable
 
@@ -81,7 +82,13 @@ class NativeCache:
         self._keep(fields.FREE_ENTRIES, np.arange(load_fields.NUM_ENTRIES))
         self._keep(fields.PENDING, np.zeros(load_fields.NUM_ENTRIES, np.int64))
         self._fields[fields.NUM_FREE_ENTRIES] = load_fields.NUM_ENTRIES
-        self._answer = _ANSWER(self._say)
+        me = weakref.ref(self)  # so that the slots' memory goes with the last reference
+
+        def answer(question: int, flat: int) -> int:
+            cache = me()
+            return 0 if cache is None else cache._say(question, flat)
+
+        self._answer = _ANSWER(answer)
         self._fields[fields.CALL] = ctypes.cast(self._answer, ctypes.c_void_p).value or 0
         self._fields[fields.CODE], self._fields[fields.LAYER] = self._program.address, -1
         self.eviction = eviction(shape)
@@ -277,10 +284,7 @@ class NativeCache:
             self._keep(fields.FREE, np.zeros(count, np.int64))
         addresses = [0 if slot is None else slot.address for slot in self._held]
         self._keep(fields.ADDRESSES, np.array(addresses, np.int64))
-        self._keep(
-            fields.LINEARS,
-            np.array([_linears(slot.expert if slot else None) for slot in self._held], np.int64),
-        )
+        self._keep(fields.LINEARS, np.array(self._descriptors, np.int64))
         kept[fields.FREE][: len(free)] = free
         self._fields[fields.NUM_FREE], self._fields[fields.NUM_SLOTS] = len(free), count
 

@@ -13,7 +13,7 @@ import torch
 from engine.errors import OutOfMemoryError
 from engine.experts.eviction import EvictionPolicy
 from engine.experts.in_place import InPlace
-from engine.experts.reader import DEMANDED, EXPECTED, Link, Load, Reader, ThreadedReader
+from engine.experts.reader import DEMANDED, EXPECTED, Link, Load, Reader
 from engine.experts.slots import HostSlots, Slot, SlotMaker
 from engine.experts.store import ExpertStore, Key, Shape
 from engine.metrics import ExpertStats
@@ -63,7 +63,7 @@ class PythonCache:
         self._layer = -1  # whose turn it was last
         self._may_leave = np.zeros(shape, np.bool_)  # in memory, and nobody uses or expects it
         self._lock = threading.Lock()
-        self._reader: Reader = ThreadedReader(store, num_threads, link, self._slots.keeps_pieces)
+        self._reader = Reader(store, num_threads, link, self._slots.keeps_pieces)
         try:
             self.resize(num_slots)
         except OutOfMemoryError:

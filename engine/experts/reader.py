@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from engine.experts.slots import Slot
 from engine.experts.store import ExpertStore, Key
@@ -76,30 +76,8 @@ class Link:
 Ended: TypeAlias = tuple[Load, Exception | None]  # a load that has ended, and the error if it failed
 
 
-class Reader(Protocol):
-    """Loads experts from a store on threads of its own, for one thread that asks."""
-
-    def submit(self, load: Load) -> None:
-        """Queue ``load``."""
-
-    def hurry(self, load: Load) -> None:
-        """A load that was only expected is waited for now."""
-
-    def cancel(self, load: Load) -> bool:
-        """Take back a load that has not begun; whether that was so. Nobody hears of it again."""
-
-    def ended(self) -> Sequence[Ended]:
-        """The loads that have ended since the last call."""
-
-    def wait(self) -> None:
-        """Until a load ends; returns at once if one has ended since :meth:`ended`, and now and then for nothing."""
-
-    def close(self) -> None:
-        """Stop the threads; loads that have not ended are dropped."""
-
-
-class ThreadedReader:
-    """A :class:`Reader` in Python: for every kind of slot, on every system.
+class Reader:
+    """Loads experts from a store on threads of its own, for one thread that asks: in Python, for every kind of slot.
 
     Args:
         link: None: as fast as the store is.
@@ -125,6 +103,7 @@ class ThreadedReader:
             thread.start()
 
     def submit(self, load: Load) -> None:
+        """Queue ``load``."""
         with self._wake:
             self._count += 1
             load.order, load.asked = self._count, time.perf_counter()
@@ -132,6 +111,7 @@ class ThreadedReader:
             self._wake.notify()
 
     def hurry(self, load: Load) -> None:
+        """A load that was only expected is waited for now."""
         with self._wake:
             if load.urgency != DEMANDED:
                 load.urgency = DEMANDED
@@ -139,6 +119,7 @@ class ThreadedReader:
                 self._wake.notify()
 
     def cancel(self, load: Load) -> bool:
+        """Take back a load that has not begun; whether that was so. Nobody hears of it again."""
         with self._wake:
             if load.started:
                 return False
@@ -146,6 +127,7 @@ class ThreadedReader:
             return True
 
     def ended(self) -> Sequence[Ended]:
+        """The loads that have ended since the last call."""
         if not self._ended:
             return ()
         with self._news:
@@ -153,11 +135,13 @@ class ThreadedReader:
         return ended
 
     def wait(self) -> None:
+        """Until a load ends; returns at once if one has ended since :meth:`ended`, and now and then for nothing."""
         with self._news:
             if not self._ended:
                 self._news.wait()
 
     def close(self) -> None:
+        """Stop the threads; loads that have not ended are dropped."""
         with self._wake:
             self._closed = True
             self._waiting.clear()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 from engine.experts.cache import LayerExperts
 from engine.experts.native_cache import NativeCache
 from engine.kernels import control
+from engine.kernels.expert_work import MAX_RECORDS, Attended, Descriptors, ExpertWork, Room
 from engine.kernels.stepper import MAX_ROWS, FusedStepper
 from engine.models.decoder import PREFILL_CHUNK, Decoder, LayerWeights, PassWatch
 from engine.models.feed_forward import FeedForward, MixtureOfExperts
@@ -24,11 +23,7 @@ from engine.models.stepper import forward_in_parts
 from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
 
-_MAX_RECORDS = 128  # of a command
 _MOST_ROWS = 16  # of a pass in one command; more want most of the experts anyway
-_RECORD = struct.Struct(f"={control.EXPERT_FIELDS}q")
-
-Descriptors: TypeAlias = tuple[int, ...]  # of gate and up, and of down
 
 
 @dataclass(frozen=True)
@@ -43,30 +38,6 @@ _NO_SIDE = Side(0, {})
 _NO_ADAPTERS = dict.fromkeys(
     (control.SIDE_QUERY, control.SIDE_OUTPUT, control.SIDE_ATTENTION, control.SIDE_FEED_FORWARD), 0
 )
-
-
-@dataclass(frozen=True)
-class Attended:
-    """Rows between the attention part of a layer and its feed-forward part.
-
-    Attributes:
-        hidden: residual rows, ``[T, D]``.
-        normed: what the experts take, ``[T, D]``.
-        chosen: numbers of the experts of each slow row, ascending, ``[T', k]``.
-        weights: of each row's experts and, if there is one, of the shared expert: ``[T, k or k + 1]``.
-        added: what adapters give to the last rows, ``[T - T', D]``.
-    """
-
-    hidden: Tensor
-    normed: Tensor
-    chosen: np.ndarray
-    weights: np.ndarray
-    added: Tensor | None = None
-
-    def slow(self) -> Attended:
-        """The slow rows alone."""
-        rows = self.chosen.shape[0]
-        return Attended(self.hidden[:rows], self.normed[:rows], self.chosen, self.weights[:rows])
 
 
 class FusedExpertStepper(FusedStepper):
@@ -125,7 +96,7 @@ class FusedExpertStepper(FusedStepper):
         instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         rows = len(begun) + len(ids)
-        if rows > self._most_rows or not self._begin_pass(rows):
+        if rows > self._most_rows or not self._begin_pass(rows, len(begun)):
             return forward_in_parts(self, ids, cache, begun, depth, instead_of)
         self.team.control[control.CHOSEN], self.team.control[control.WEIGHTS] = self._choices
         found = super().forward(ids, cache, begun, depth, instead_of)
@@ -135,8 +106,8 @@ class FusedExpertStepper(FusedStepper):
             self.decoder.watch.end_pass(rows)
         return found
 
-    def _begin_pass(self, rows: int) -> bool:
-        """Whether a pass of ``rows`` rows can be one command."""
+    def _begin_pass(self, rows: int, num_begun: int) -> bool:
+        """Whether a pass of ``rows`` rows, ``num_begun`` of them some layers deep, can be one command."""
         watch = self.decoder.watch
         if watch is None:
             return self._in_one and (self._cache is None or self._cache.follow(None))
@@ -222,7 +193,7 @@ class FusedExpertStepper(FusedStepper):
             meanwhile: called once, as soon as the layer's own experts have been asked for.
         """
         ffn, chosen = self.decoder.layers[index].ffn, attended.chosen
-        work = _Work(self, attended, meanwhile)
+        work = ExpertWork(self.team, Room(self.records, self.act, self.act_size), attended, meanwhile)
         if (shared := self._shared.get(index)) is not None:
             work.add(shared, chosen.shape[1])
         if not isinstance(ffn, MixtureOfExperts):
@@ -287,7 +258,7 @@ class FusedExpertStepper(FusedStepper):
         assert experts is not None
         inner = max(experts.active_size, *self.decoder.config.feed_forward_sizes)
         self.act_size, self.act = MAX_ROWS * inner, self.buffer(inner)
-        records = np.zeros(_MAX_RECORDS * control.EXPERT_FIELDS, np.int64)
+        records = np.zeros(MAX_RECORDS * control.EXPERT_FIELDS, np.int64)
         self.records = records.data.cast("B")
         block = self.team.control
         block[control.EXPERTS] = records.ctypes.data
@@ -295,10 +266,10 @@ class FusedExpertStepper(FusedStepper):
         block[control.NORMALIZE] = experts.normalize_weights
         block[control.ROUTER_LOGITS] = self.buffer(experts.num_experts + 1)
         places = experts.num_experts_per_tok + 1
-        self._most_rows = min(_MOST_ROWS, _MAX_RECORDS // places)
+        self._most_rows = min(_MOST_ROWS, MAX_RECORDS // places)
         choices, wanted = (
             np.zeros((3, self._most_rows * places), np.int64),
-            np.zeros((_MAX_RECORDS, control.WANTED_FIELDS), np.int64),
+            np.zeros((MAX_RECORDS, control.WANTED_FIELDS), np.int64),
         )
         self._tables += choices, wanted
         self._choices = choices[0].ctypes.data, choices[1].ctypes.data
@@ -318,85 +289,3 @@ class FusedExpertStepper(FusedStepper):
 
 def _joined(described: Iterable[np.ndarray]) -> Descriptors:
     return tuple(int(field) for each in described for field in each)
-
-
-class _Work:
-    """The experts of one layer for all rows, in as many commands as it takes.
-
-    Attributes:
-        result: ``[T, D]``, filled by the command that adds up.
-    """
-
-    def __init__(
-        self, stepper: FusedExpertStepper, attended: Attended, meanwhile: Callable[[], None] | None
-    ) -> None:
-        weights, added = attended.weights, attended.added
-        # numpy: torch's threads would stay awake for a while behind each copy, on the cores of the kernels' own.
-        self._stepper, self._normed, self._attended = stepper, attended.normed.numpy(), attended
-        self._meanwhile = meanwhile
-        self.result = torch.empty_like(attended.normed)
-        rows, size = self._normed.shape
-        self._places = np.empty(
-            (weights.shape[1], rows, size), np.float32
-        )  # what came out for each row and place
-        self._fields = {
-            control.ROWS: rows,
-            control.HIDDEN: attended.hidden.data_ptr(),
-            control.OUT: self.result.data_ptr(),
-            control.PLACES: self._places.ctypes.data,
-            control.WEIGHTS: weights.ctypes.data,
-            control.NUM_PLACES: weights.shape[1],
-            control.SIDE_ROWS: 0 if added is None else added.shape[0],
-            control.SIDE_OUT: 0 if added is None else added.data_ptr(),
-        }
-        self._count = self._act = 0
-        self._scattered: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def add(self, described: Descriptors, place: int) -> None:
-        """An expert for all rows, its results in ``place``."""
-        out = self._places[place].ctypes.data
-        self._record(described, self._normed.ctypes.data, out, self._normed.shape[0])
-
-    def add_some(self, described: Descriptors, rows: np.ndarray, places: np.ndarray) -> None:
-        """An expert for some rows, the results of each in its own place."""
-        if sum(len(given) for _, given, _, _ in self._scattered) + len(rows) > PREFILL_CHUNK:
-            self._scatter()  # a prompt's copies for all experts at once would take much memory
-        x = self._normed[rows]
-        out = np.empty_like(x)
-        self._scattered.append((out, rows, places, x))
-        self._record(described, x.ctypes.data, out.ctypes.data, rows.shape[0])
-
-    def run(self, add_up: bool) -> None:
-        """Compute what was added; then, if that is all, add up."""
-        self._scatter()
-        if self._count or add_up:
-            self._flush(add_up)
-        elif self._meanwhile is not None:  # there was nothing to begin with
-            self._meanwhile()
-            self._meanwhile = None
-
-    def _scatter(self) -> None:
-        if self._scattered:
-            self._flush(False)
-            for out, rows, places, _ in self._scattered:
-                self._places[places, rows] = out
-            self._scattered.clear()
-
-    def _record(self, described: Descriptors, x: int, out: int, rows: int) -> None:
-        stepper, row_bytes = self._stepper, 4 * self._normed.shape[1]
-        inner = described[control.EXPERT_DOWN + control.INPUTS]
-        for begin in range(0, rows, MAX_ROWS):
-            count = min(MAX_ROWS, rows - begin)
-            if self._count == _MAX_RECORDS or self._act + count * inner > stepper.act_size:
-                self._flush(False)
-            act, shift = stepper.act + 4 * self._act, begin * row_bytes
-            place = self._count * _RECORD.size
-            _RECORD.pack_into(stepper.records, place, *described, x + shift, count, act, out + shift)
-            self._count += 1
-            self._act += count * inner
-
-    def _flush(self, add_up: bool) -> None:
-        values = {**self._fields, control.ADD_UP: int(add_up), control.NUM_EXPERTS: self._count}
-        meanwhile, self._meanwhile = self._meanwhile, None
-        self._stepper.team.run(control.RUN_EXPERTS, values, meanwhile)
-        self._count = self._act = 0

@@ -15,8 +15,6 @@ from engine.experts.prediction.accelerated import MOST_ROWS, StreamedDecoder
 from engine.kernels import control
 from engine.kernels.adapters import describe_adapter
 from engine.kernels.expert_stepper import FusedExpertStepper, Side
-from engine.models.kv_cache import KVCache
-from engine.models.stepper import forward_in_parts
 
 
 class FusedStreamStepper(FusedExpertStepper):
@@ -42,18 +40,9 @@ class FusedStreamStepper(FusedExpertStepper):
             )
         self.team.control[control.STREAM] = self._stream.ctypes.data
 
-    def forward(
-        self,
-        ids: Sequence[int],
-        cache: KVCache,
-        begun: Sequence[Tensor] = (),
-        depth: int = 0,
-        instead_of: Sequence[int] = (),
-    ) -> tuple[Tensor, Tensor]:
-        if begun or 2 * len(ids) > self._most_rows:
-            return forward_in_parts(self, ids, cache, begun, depth, instead_of)
+    def _begin_pass(self, rows: int, num_begun: int) -> bool:
         self._streamed.state = None
-        return super().forward(ids, cache, begun, depth, instead_of)
+        return num_begun == 0 and 2 * rows <= self._most_rows and super()._begin_pass(rows, num_begun)
 
     def _row_places(
         self, start: int, count: int, instead_of: Sequence[int]
