@@ -90,10 +90,11 @@ def draft_cells(metrics: Any | None) -> list[Cell]:
 
 
 def _speedup(metrics: Any | None, speculation: Any | None) -> Cell:
-    """Speed against the plain rate, or that drafting is off at the moment."""
+    """Speed against the plain rate, or that drafting is off at the moment; nothing where nothing has been drafted: what sets
+    such an answer apart from those that the plain rate was measured with is its length."""
     hint, value = "Against plain decoding, not measured yet", EMPTY
     plain = speculation.plain_tokens_per_second if speculation is not None else None
-    now = rate(metrics)
+    now = rate(metrics) if metrics and metrics.speculation.num_draft_tokens else None
     if plain:
         hint = f"Against plain decoding, measured on this machine at {plain:.1f} tokens/s"
         # A round runs all that a plain step runs, so it gains its tokens at most: plain steps are few, and most of them

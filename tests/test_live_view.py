@@ -73,6 +73,12 @@ def test_the_speedup_is_never_more_than_a_round_gives():
     assert cells(strip)["speedup"] == "1.69×" == cells(strip)["length"] + "×"
 
 
+def test_without_drafts_there_is_no_speedup():
+    """A long answer's plain steps take longer than those of the short one that the plain rate is of."""
+    strip = telemetry.speed_strip(metrics(0, 0), SpeculationState(plain_seconds=0.02), (), True)
+    assert cells(strip)["speedup"] == telemetry.EMPTY
+
+
 def test_the_cells_are_there_before_the_first_draft():
     """So that none of them moves when it comes."""
     before = cells(telemetry.speed_strip(GenerationMetrics(), None, (), True))
