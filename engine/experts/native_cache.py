@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.errors import ExpertStoreError, OutOfMemoryError
+from engine.experts.blob import BlobLayout
 from engine.experts.eviction.base import EvictionPolicy
 from engine.experts.in_place import InPlace
 from engine.experts.native_loads import NativeLoads
@@ -91,11 +92,11 @@ class NativeCache:
         self._answer = _ANSWER(answer)
         self._fields[fields.CALL] = ctypes.cast(self._answer, ctypes.c_void_p).value or 0
         self._fields[fields.CODE], self._fields[fields.LAYER] = self._program.address, -1
+        self._keep(fields.BLOB_LINEARS, _linears(store.layout))
         self.eviction = eviction(shape)
         if in_place is not None:
             self._compute_in_place(in_place)
         self._held: list[HostSlot | None] = []
-        self._descriptors: list[list[int]] = []
         self._loads = NativeLoads(self._program, store, num_threads, link)
         self._fields[fields.LOADS] = self._loads.address
         try:
@@ -190,10 +191,10 @@ class NativeCache:
             raise OutOfMemoryError(
                 "There is not enough memory for the model's experts; give a smaller --memory."
             ) from error
+        left = [place for place, held in enumerate(self._held) if held is None]
         for slot in more:
-            place = next((i for i, held in enumerate(self._held) if held is None), len(self._held))
+            place = left.pop() if left else len(self._held)
             self._held[place : place + 1] = [cast(HostSlot, slot)]
-            self._descriptors[place : place + 1] = [_linears(slot.expert)]
             free.append(place)
         self.num_slots = max(self.num_slots, num_slots)
         self._describe_slots(free)
@@ -282,20 +283,16 @@ class NativeCache:
                 keys[: len(kept[fields.KEY_OF])] = kept[fields.KEY_OF]
             self._keep(fields.KEY_OF, keys)
             self._keep(fields.FREE, np.zeros(count, np.int64))
-        addresses = [0 if slot is None else slot.address for slot in self._held]
-        self._keep(fields.ADDRESSES, np.array(addresses, np.int64))
-        self._keep(fields.LINEARS, np.array(self._descriptors, np.int64))
+        addresses = np.array([0 if slot is None else slot.address for slot in self._held], np.int64)
+        offsets, is_address = self._kept[fields.BLOB_LINEARS]
+        self._keep(fields.ADDRESSES, addresses)
+        self._keep(fields.LINEARS, offsets + addresses[:, None] * is_address)
         kept[fields.FREE][: len(free)] = free
         self._fields[fields.NUM_FREE], self._fields[fields.NUM_SLOTS] = len(free), count
 
     def _compute_in_place(self, lying: InPlace) -> None:
         self._fields[fields.MAPPED], self._fields[fields.FILE] = lying.address, self.store.descriptor
         self._fields[fields.BLOB_BYTES] = self.store.layout.nbytes
-        # Told apart by looking at the same expert at two addresses.
-        blobs = [torch.zeros(self.store.layout.nbytes, dtype=torch.uint8) for _ in range(2)]
-        one, other = (np.array(_linears(self.store.layout.view(blob)), np.int64) for blob in blobs)
-        is_address = (one != other).astype(np.int64)
-        self._keep(fields.BLOB_LINEARS, np.concatenate((one - is_address * blobs[0].data_ptr(), is_address)))
         self._fields[fields.AT_ONCE] = self._fields[fields.WINDOW_SIZE] = lying.at_once
         self._keep(fields.WINDOW, np.zeros(lying.at_once, np.int64))
 
@@ -329,7 +326,13 @@ class NativeCache:
         return True
 
 
-def _linears(expert: FeedForward) -> list[int]:
-    """The descriptors of both matrices."""
-    table = LinearTable()
-    return [int(field) for linear in expert.matrices() for field in table.describe_passing(linear)]
+def _linears(layout: BlobLayout) -> np.ndarray:
+    """The descriptors of both matrices of an expert whose blob lies at address 0, and which of their fields are addresses:
+    those in which the same expert at two places differs, int64 ``[2, fields]``."""
+    table, blobs = LinearTable(), [torch.zeros(layout.nbytes, dtype=torch.uint8) for _ in range(2)]
+    one, other = (
+        np.concatenate([table.describe_passing(linear) for linear in layout.view(blob).matrices()])
+        for blob in blobs
+    )
+    is_address = (one != other).astype(np.int64)
+    return np.stack((one - is_address * blobs[0].data_ptr(), is_address))
