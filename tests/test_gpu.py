@@ -94,6 +94,27 @@ def test_drafts_in_graphs_change_nothing(decoder: Decoder, drafts: int) -> None:
     assert run(TorchStepper(decoder), fixed(plain, drafts), 300)[1] == rounds
 
 
+@pytest.mark.parametrize("depth", [0, 2])
+def test_alternatives_in_graphs(decoder: Decoder, depth: int) -> None:
+    """They give what the reference gives, and one that is accepted leaves a cache as if it had always been there."""
+    after = []
+    for stepper in (TorchStepper(decoder), GraphStepper(decoder)):
+        cache = decoder.new_cache(64)
+        stepper.prefill(PROMPT[:-1], cache)
+        start, tokens = cache.length, [PROMPT[-1], 5, 9, 7, 11]  # the last two instead of the two before
+        begun = [stepper.run_layers(stepper.embed(tokens[:1]), cache, start, 0, depth)] if depth else []
+        hidden, logits = stepper.forward(tokens[len(begun) :], cache, begun, depth, [1, 2])
+        rows = hidden.cpu(), logits.cpu().clone()
+        stepper.copy_slot(cache, start + 3, start + 1)
+        cache.length = start + 2
+        after.append((*rows, stepper.forward([61], cache)[1].cpu().clone()))
+    for graphed, reference in zip(after[1], after[0], strict=True):
+        torch.testing.assert_close(graphed, reference)
+    fresh, stepper = decoder.new_cache(64), TorchStepper(decoder)
+    stepper.prefill([*PROMPT, 7], fresh)
+    torch.testing.assert_close(after[1][2], stepper.forward([61], fresh)[1].cpu())
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "olmoe"])
 def test_graphs_up_to_the_routers_choice(
     family: str, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -104,7 +104,7 @@ def expected_layers(decoder: Decoder, hidden: Tensor, positions: list[int], last
     """The first layers on rows that start an empty sequence, in float64 on unpacked weights."""
     config, where = decoder.config, torch.tensor(positions)
     decoder.rope.ensure(max(positions) + 1)
-    cos, sin = (table[where].double()[None] for table in (decoder.rope.cos, decoder.rope.sin))
+    cos, sin = decoder.rope.rows(where[None], torch.float64)
     group = config.num_heads // config.num_kv_heads
 
     def apply(linear: Any, x: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ class SplitModel(nn.Module):
         """``tokens [B, T]`` -> final states of unit RMS ``[B, T, D]``, and the mean router loss."""
         decoder, config = self.decoder, self.decoder.config
         decoder.rope.ensure(tokens.shape[1])
-        cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1])[None])
+        cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1])[None], decoder.dtype)
         hidden = decoder.embed(tokens)
         losses = []
         for index, layer in enumerate(decoder.layers):
@@ -173,7 +173,7 @@ def initialise(model: SplitModel, batches: list[Batch], max_tokens: int) -> None
         tokens = batch.sequences.tokens.long()
         inside = torch.arange(tokens.shape[1]) < batch.sequences.lengths[:, None]
         decoder.rope.ensure(tokens.shape[1])
-        cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1])[None])
+        cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1])[None], decoder.dtype)
         hidden = decoder.embed(tokens)
         for index, layer in enumerate(decoder.layers):
             q, k, v = decoder.project_qkv(index, rms_norm(hidden, layer.attn_norm, config.norm_eps), cos, sin)

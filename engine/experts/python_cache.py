@@ -84,6 +84,7 @@ class PythonCache:
                 ]
                 if self._in_place is not None:
                     self._in_place.leave(some)
+                self._slots.mark()
                 with self._lock:
                     for key in ready:
                         entry = self._entries[key]

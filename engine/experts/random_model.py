@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.experts.blob import BlobLayout
 from engine.experts.conversion import write_store
@@ -146,8 +145,3 @@ class RandomModel:
         like, dtype = packed_like(rows, columns, self.device)
         place = place or self.device
         return Int4Linear(packed.view(dtype).view(like).to(place), scales.to(place), columns, rows)
-
-
-def sample(logits: Tensor, generator: torch.Generator) -> int:
-    """A token drawn from ``logits [V]``; the most likely ones of a random model soon repeat themselves."""
-    return int(torch.multinomial(logits.cpu().softmax(dim=-1), 1, generator=generator))

@@ -20,6 +20,7 @@ import torch
 
 from engine import paths
 from engine.atomic import replacing
+from engine.decoding.sampling import Sampler
 from engine.errors import SlipstreamError
 from engine.evaluation.peers import peak_memory_mb
 from engine.experts.cache import LayerExperts, make_cache
@@ -29,7 +30,7 @@ from engine.experts.model import ExpertTiers
 from engine.experts.planner import MemoryPlan, plan_memory, spare_memory
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.prefetcher import Prefetcher
-from engine.experts.random_model import RandomModel, sample
+from engine.experts.random_model import RandomModel
 from engine.experts.slots import SlotMaker, slot_maker
 from engine.experts.store import ExpertStore
 from engine.hardware import gpu_memory, machine, return_free_memory
@@ -39,6 +40,7 @@ from engine.models.feed_forward import ResidentExperts
 from engine.models.stepper import make_stepper
 from engine.progress import Progress
 from engine.quantization import get_format
+from engine.requests import SamplingParams
 from engine.threads import use_threads
 
 LANES = ("app", "next-gate", "lfu", "lru", "on-demand", "resident")
@@ -105,7 +107,8 @@ class _Lane:
         self._stepper, self._kv = make_stepper(decoder), decoder.new_cache()
         # as a generation does: a second thread of torch's would wait for a core of the kernels'
         self._threads = 1 if self._stepper.name == "fused" else None
-        self._generator = torch.Generator().manual_seed(1)
+        # the most likely tokens of a random model soon repeat themselves
+        self._sampler = Sampler(SamplingParams(temperature=1.0, seed=1))
         self.ids: list[int] = []
         self.seconds: list[float] = []
         self.stats = ExpertStats()
@@ -126,7 +129,7 @@ class _Lane:
             with use_threads(self._threads):
                 _, logits = self._stepper.forward(self.ids[-1:], self._kv)
                 self._kv.length += 1
-                self.ids.append(sample(logits[0], self._generator))
+                self.ids.append(self._sampler.choose(logits[0], self.ids))
             if counted:
                 self.seconds.append(perf_counter() - began)
         if counted:

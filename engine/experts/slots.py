@@ -36,7 +36,8 @@ class Slot(Protocol):
         """The buffer holds the expert: returns when the slot does, too."""
 
     def release(self) -> None:
-        """All work with the expert has been given to the device; what is loaded next has to wait for it."""
+        """All work with the expert has been given to the device, before the maker's latest mark; what is loaded next
+        has to wait for it."""
 
 
 class SlotMaker(Protocol):
@@ -52,6 +53,9 @@ class SlotMaker(Protocol):
             OSError, MemoryError, torch.cuda.OutOfMemoryError: there is no memory.
         """
 
+    def mark(self) -> None:
+        """For the slots that are released from now on: this is all that has been given to the device."""
+
 
 class HostSlots:
     """Slots in RAM: I/O threads read straight into them."""
@@ -64,6 +68,9 @@ class HostSlots:
 
     def make(self, count: int) -> list[Slot]:
         return [HostSlot(self._layout) for _ in range(count)]
+
+    def mark(self) -> None:
+        pass
 
 
 class HostSlot:
@@ -99,6 +106,11 @@ class DeviceSlots:
         self.host = PinnedExperts(layout.nbytes, host_bytes)
         self.stream = torch.cuda.Stream(device)
         self.graphs = torch.cuda.graph_pool_handle()
+        self.launched: torch.cuda.Event | None = None
+
+    def mark(self) -> None:
+        self.launched = torch.cuda.Event()
+        self.launched.record(torch.cuda.current_stream(self.device))
 
     def make(self, count: int) -> list[Slot]:
         size, slabs = self._layout.nbytes, list[Tensor]()
@@ -132,8 +144,7 @@ class _DeviceSlot:
         host.filled(key)
 
     def release(self) -> None:
-        self._last_use = torch.cuda.Event()
-        self._last_use.record(torch.cuda.current_stream(self._slots.device))
+        self._last_use = self._slots.launched
 
 
 class PinnedExperts:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.attention import PREFILL_BLOCK, attend, attend_prefill
+from engine.models.attention import PREFILL_BLOCK, Sight, attend, attend_prefill
 from engine.models.config import ModelConfig
 from engine.models.feed_forward import ExpertSource, FeedForward, MixtureOfExperts
 from engine.models.kv_cache import KVCache
@@ -67,20 +67,15 @@ class Place:
     """Where the rows of a call are, and what they see.
 
     Attributes:
-        positions: ``[B, T]``.
         cos, sin: of the rotary embedding there.
-        num_slots: how many slots of the cache attention looks at.
         start: see :meth:`Decoder.run_layers`.
-        slots: ``[B, T]``, where the rows' keys and values go; None: at their positions.
     """
 
-    positions: Tensor
+    sight: Sight
     cos: Tensor
     sin: Tensor
     cache: KVCache
-    num_slots: int
     start: int | None = None
-    slots: Tensor | None = None
 
 
 @runtime_checkable
@@ -141,7 +136,6 @@ class Decoder:
         first: int,
         last: int,
         start: int | None = None,
-        num_slots: int | None = None,
         slots: Tensor | None = None,
     ) -> Tensor:
         """Layers ``first .. last - 1`` on ``hidden [B, T, D]`` at ``positions [B, T]``.
@@ -149,20 +143,25 @@ class Decoder:
         Keys and values are written into the cache at ``positions``, or in ``slots`` ``[B, T]`` (ensure room first); each
         row sees the slots before its position, and its own. ``cache.length`` is left alone: the caller decides what counts.
         A prefill of one sequence from position ``start`` on says so, and gets attention that does not
-        depend on how the prompt is cut into chunks.
-
-        Args:
-            num_slots: how many slots of the cache attention looks at; None: as far as ``positions`` reach, which to
-                find out waits for a GPU.
+        depend on how the prompt is cut into chunks. (To find out how far the rows reach waits for a GPU;
+        :meth:`run_layers_at` is told.)
         """
-        if num_slots is None:
-            farthest = int((positions if slots is None else slots).max())
-            num_slots = min(cache.capacity, -(-(farthest + 1) // 16) * 16)
-            self.rope.ensure(num_slots)
-        place = Place(positions, *self.rope.rows(positions), cache, num_slots, start, slots)
+        farthest = int((positions if slots is None else slots).max())
+        num_slots = min(cache.capacity, -(-(farthest + 1) // 16) * 16)
+        self.rope.ensure(num_slots)
+        return self.run_layers_at(
+            self.place(Sight(positions, num_slots, slots), cache, start), hidden, first, last
+        )
+
+    def run_layers_at(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor:
+        """As :meth:`run_layers`, of rows whose place is known."""
         for index in range(first, last):
             hidden = self._layer(index, hidden, place)
         return hidden
+
+    def place(self, sight: Sight, cache: KVCache, start: int | None = None) -> Place:
+        """For rows of this decoder; the rotary tables have to reach so far."""
+        return Place(sight, *self.rope.rows(sight.positions, self.dtype), cache, start)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and LM head: ``[..., D] -> [..., V]`` float32 (float64 for a float64 model)."""
@@ -205,15 +204,15 @@ class Decoder:
 
     def attend(self, index: int, hidden: Tensor, place: Place) -> Tensor:
         """Layer ``index`` up to its feed-forward part, ``[B, T, D] -> [B, T, D]``."""
-        layer, config, cache, slots = self.layers[index], self.config, place.cache, place.num_slots
+        layer, config, cache, sight = self.layers[index], self.config, place.cache, place.sight
         x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
         q, k, v = self.project_qkv(index, x, place.cos, place.sin)
-        cache.write(index, place.positions if place.slots is None else place.slots, k, v)
+        cache.write(index, sight.own, k, v)
         window = config.sliding_window(index)
         if place.start is None:
-            mixed = attend(q, *cache.read(index, slots), place.positions, window, place.slots)
+            mixed = attend(q, *cache.read(index, sight.num_slots), sight, window)
         else:
-            reach = -(-slots // PREFILL_BLOCK) * PREFILL_BLOCK
+            reach = -(-sight.num_slots // PREFILL_BLOCK) * PREFILL_BLOCK
             mixed = attend_prefill(q, *cache.read(index, reach), place.start, window)
         return hidden + layer.o(mixed)
 
@@ -228,8 +227,12 @@ class Decoder:
     def split_qkv(self, index: int, mixed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As :meth:`project_qkv`, from what the layer's projection gives, ``[B, T, (Hq + 2 Hkv) hd]``."""
         layer, config = self.layers[index], self.config
-        sizes = [n * config.head_dim for n in (config.num_heads, config.num_kv_heads, config.num_kv_heads)]
-        parts = mixed.split(sizes, dim=-1)
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        if layer.q_norm is None and config.qkv_clip is None:  # all that turns at once
+            turning, v = mixed.unflatten(-1, (-1, config.head_dim)).split((sum(heads[:2]), heads[2]), dim=-2)
+            q, k = rotate(turning, cos, sin).split(heads[:2], dim=-2)
+            return q, k, v
+        parts = mixed.split([n * config.head_dim for n in heads], dim=-1)
         if config.qk_norm_whole and layer.q_norm is not None and layer.k_norm is not None:
             q, k, v = parts
             q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)

@@ -67,6 +67,10 @@ class KVCache:
     def write(self, index: int, slots: Tensor, k: Tensor, v: Tensor, first: int = 0) -> None:
         """Write k, v ``[B, T, Hkv, hd]`` into layer ``index``, in ``slots`` ``[B, T]`` of sequences from ``first`` on."""
         keys, values = self.keys[index], self.values[index]
+        if self._batch == 1 and not self._in_blocks:
+            for part, rows in ((keys, k), (values, v)):
+                part.index_copy_(2, slots[0], rows.transpose(1, 2).to(part.dtype))
+            return
         batch = torch.arange(first, first + slots.shape[0], device=slots.device)[:, None]
         if self._in_blocks:
             keys[batch, :, slots // KEY_BLOCK, :, slots % KEY_BLOCK] = k.to(keys.dtype)
@@ -74,8 +78,8 @@ class KVCache:
             keys[batch, :, slots] = k.to(keys.dtype)
         values[batch, :, slots] = v.to(values.dtype)
 
-    def copy_slot(self, source: int, target: int) -> None:
-        """What slot ``source`` holds, into slot ``target``."""
+    def copy_slot(self, source: int | Tensor, target: int | Tensor) -> None:
+        """What slot ``source`` holds, into slot ``target``; or the only ones of ``[1]`` each."""
         for keys, values in zip(self.keys, self.values, strict=True):
             if self._in_blocks:
                 old = keys[:, :, source // KEY_BLOCK, :, source % KEY_BLOCK]

@@ -205,10 +205,12 @@ class _Packer:
         return table.to(self._device)
 
     def _vector(self, name: str, size: int) -> Tensor:
-        wide = torch.float64 if self._format.activation_dtype == torch.float64 else torch.float32
+        dtype = self._format.activation_dtype
+        if self._device.type == "cpu" and dtype != torch.float64:
+            dtype = torch.float32  # as the kernels read it
         vector = self._checkpoint.tensor(name)
         _check_shape([name], [vector], (size,))
-        return vector.to(device=self._device, dtype=wide)
+        return vector.to(device=self._device, dtype=dtype)
 
 
 def _scale(factor: float, shape: tuple[int, int], rows: int | None = None) -> Scale:

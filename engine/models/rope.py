@@ -127,13 +127,17 @@ class RopeTable:
         self.sin = (angles.sin() * self._factor).to(self._device)
         self.generation += 1
 
-    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[..., hd/2]`` of integer ``positions [...]``; call ``ensure`` first."""
-        return self.cos[positions], self.sin[positions]
+    def rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What :func:`rotate` takes for integer ``positions [...]``, each ``[..., hd]``; call ``ensure`` first."""
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x [B, T, H, hd]`` by ``cos, sin [B, T, hd/2]``: the two halves of a head form the pairs."""
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+    """Rotate ``x [B, T, H, hd]``: the two halves of a head form the pairs.
+
+    Args:
+        cos, sin: ``[B, T, hd]``, each twice, for both halves; the first half's sin negated.
+    """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return x * cos.unsqueeze(-2) + torch.cat((second, first), dim=-1) * sin.unsqueeze(-2)

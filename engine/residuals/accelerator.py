@@ -57,6 +57,10 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
 
+    def add_to(self, out: Tensor, x: Tensor) -> None:
+        """Add it to ``out [T, N]`` for ``x [T, K]`` of the adapter's own dtype, in place: one launch less on a GPU."""
+        out.addmm_(F.linear(x, self.down), self.up.T)
+
 
 class LayerAdapters(nn.Module):
     """The adapters of one layer on the path, in parallel with the base matrices: of a dense layer with each of

@@ -160,7 +160,7 @@ def _prefill(decoder: Decoder, cache: KVCache, rows: slice, tokens: Tensor) -> N
     config = decoder.config
     hidden = decoder.embed(tokens)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    cos, sin = decoder.rope.rows(positions[:1])
+    cos, sin = decoder.rope.rows(positions[:1], decoder.dtype)
     for index in range(config.num_layers):
         layer = decoder.layers[index]
         x = rms_norm(hidden, layer.attn_norm, config.norm_eps)
@@ -177,7 +177,7 @@ def _decode_rows(
     """One token of every row: ``current [B, 1]`` at ``positions [B]`` -> logits ``[B, V]``."""
     config = decoder.config
     where = positions[:, None]
-    cos, sin = decoder.rope.rows(where)
+    cos, sin = decoder.rope.rows(where, decoder.dtype)
     visible = (slots <= where)[:, None, None]  # [B, 1, 1, S]
     hidden = decoder.embed(current)
     for index in range(config.num_layers):

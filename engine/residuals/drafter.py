@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.decoding.ranking import Candidates, Rank, Ranked, likeliest
-from engine.models.attention import attend
-from engine.models.decoder import Decoder, rms_norm
+from engine.models.attention import Sight, attend
+from engine.models.cuda_graph import RamCopy
+from engine.models.decoder import Decoder, Place, rms_norm
 from engine.models.feed_forward import MixtureOfExperts
 from engine.models.graph_stepper import GraphStepper
 from engine.models.kv_cache import KVCache
@@ -28,8 +28,6 @@ from engine.quantization.dense import DenseLinear
 from engine.quantization.int4 import Int4Format, Int4Linear
 from engine.quantization.int8 import Int8Linear
 from engine.residuals.accelerator import Accelerator, unit_rms
-
-_CANDIDATES = 16  # tokens that may be drafted
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,9 @@ class TorchDrafter:
         self.accelerator = accelerator.to(decoder.device, decoder.dtype).requires_grad_(False)
         self.depth = accelerator.config.depth
         vocab = whole_blocks(accelerator.draft_vocab)
-        self._vocab = vocab.numpy()
+        self._vocab = vocab.cpu().numpy()
         self._head = cut_head(decoder, vocab)
+        self._in_ram = RamCopy()
 
     def draft(
         self,
@@ -104,75 +103,68 @@ class TorchDrafter:
         cache.ensure(position + 1)
         slots = min(cache.capacity, -(-(position + 1) // 16) * 16)
         self.decoder.rope.ensure(slots)
-        here = torch.tensor([[position]], device=self.decoder.device)
-        best, slow_state, exit_state = self.compute(self.embed(token), state, here, cache, slots)
-        return self._drafted(best, slow_state, exit_state, rank, least)
-
-    def embed(self, token: int) -> Tensor:
-        """``[1, D]``."""
-        return self.decoder.embed(torch.tensor([[token]]))[0]
+        fed = torch.tensor([[token], [position]], device=self.decoder.device)
+        return self._drafted(*self.compute(fed, state, cache, slots), rank, least)
 
     def compute(
-        self, embedded: Tensor, state: Tensor, here: Tensor, cache: KVCache, slots: int
+        self, fed: Tensor, state: Tensor, cache: KVCache, slots: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One draft step without waiting for it.
 
         Args:
-            here: the position, ``[1, 1]``.
+            fed: the token and its position, ``[2, 1]``.
             slots: of the cache that attention looks at.
 
         Returns:
-            The places of the likeliest tokens in the draft vocabulary, their weights (the first one's 1), all tokens' total
-            weight and the first one's logit, float32 ``[2 n + 2]``; the slow state ``[1, D]``; the exit state ``[D]``.
+            The weights of the draft vocabulary's tokens (the largest 1), their total and the largest one's logit, float32
+            ``[Vd + 2]``; the slow state ``[1, D]``; the exit state ``[D]``.
         """
         decoder, accelerator = self.decoder, self.accelerator
-        condition = unit_rms(state, decoder.config.norm_eps)
+        condition, embedded = unit_rms(state, decoder.config.norm_eps), decoder.embed(fed[:1])[0]
         rows = torch.cat((embedded, accelerator.begin(embedded, condition)))[None]  # [1, 2, D]
+        place = decoder.place(Sight(fed[1:].expand(1, 2), slots), cache)
         for index in range(self.depth):
-            rows = self._layer(index, rows, here, cache, slots)
+            rows = self._layer(index, rows, place)
         exit_state = accelerator.finish(decoder, rows[0, 1], condition)
         gain = decoder.weights.final_norm.to(exit_state.dtype)
         logits = self._head((exit_state * gain)[None])[0].float()
-        best = logits.topk(_CANDIDATES)
-        weights = (best.values - best.values[0]).exp()
-        total = (logits - best.values[0]).exp().sum(0, keepdim=True)
-        return torch.cat((best.indices.float(), weights, total, best.values[:1])), rows[0, :1], exit_state
+        best = logits.amax(0, keepdim=True)
+        weights = (logits - best).exp()
+        return torch.cat((weights, weights.sum(0, keepdim=True), best)), rows[0, :1], exit_state
 
     def _drafted(
-        self, best: Tensor, slow_state: Tensor, exit_state: Tensor, rank: Rank, least: float
+        self, weights: Tensor, slow_state: Tensor, exit_state: Tensor, rank: Rank, least: float
     ) -> Draft:
-        found = best.cpu().numpy()
-        tokens = self._vocab[found[:_CANDIDATES].astype(np.int64)]
-        candidates = Candidates(tokens, found[_CANDIDATES:-2], float(found[-2]), float(found[-1]))
+        found = self._in_ram(weights).numpy()
+        candidates = Candidates(self._vocab, found[:-2], float(found[-2]), float(found[-1]))
         (token, confidence), *others = rank(candidates, least)
         return Draft(token, confidence, slow_state, exit_state, tuple(others))
 
-    def _layer(self, index: int, rows: Tensor, here: Tensor, cache: KVCache, slots: int) -> Tensor:
-        decoder, config = self.decoder, self.decoder.config
+    def _layer(self, index: int, rows: Tensor, place: Place) -> Tensor:
+        decoder, config, cache, sight = self.decoder, self.decoder.config, place.cache, place.sight
         layer, adapters = decoder.layers[index], self.accelerator.adapters(index)
-        cos, sin = decoder.rope.rows(here)
         x = rms_norm(rows, layer.attn_norm, config.norm_eps)
         mixed = layer.qkv(x)
         width = config.num_heads * config.head_dim
-        mixed[:, 1:, :width] += adapters.q(x[:, 1:])
-        q, k, v = decoder.split_qkv(index, mixed, cos, sin)
-        cache.write(index, here, k[:, :1], v[:, :1])
-        attended = attend(q, *cache.read(index, slots), here.expand(1, 2), config.sliding_window(index))
+        adapters.q.add_to(mixed[0, 1:, :width], x[0, 1:])
+        q, k, v = decoder.split_qkv(index, mixed, place.cos, place.sin)
+        cache.write(index, sight.positions[:, :1], k[:, :1], v[:, :1])
+        attended = attend(q, *cache.read(index, sight.num_slots), sight, config.sliding_window(index))
         out = layer.o(attended)
-        out[:, 1:] += adapters.o(attended[:, 1:])
+        adapters.o.add_to(out[0, 1:], attended[0, 1:])
         rows = rows + out
         x = rms_norm(rows, layer.mlp_norm, config.norm_eps)
         if isinstance(layer.ffn, MixtureOfExperts):
             weights, chosen = layer.ffn.route(x[0, :1])
             out = layer.ffn.mix(x[0], weights.expand(2, -1), chosen.expand(2, -1))[None]
-            out[:, 1:] += adapters.experts(x[:, 1:])
+            adapters.experts.add_to(out[0, 1:], x[0, 1:])
             return rows + out
         wide = layer.dense.gate_up(x)
-        wide[:, 1:] += adapters.gate_up(x[:, 1:])
+        adapters.gate_up.add_to(wide[0, 1:], x[0, 1:])
         gate, up = wide.chunk(2, dim=-1)
         inner = F.silu(gate) * up
         out = layer.dense.down(inner)
-        out[:, 1:] += adapters.down(inner[:, 1:])
+        adapters.down.add_to(out[0, 1:], inner[0, 1:])
         return rows + out
 
 
@@ -195,12 +187,14 @@ class GraphDrafter(TorchDrafter):
         cache.ensure(position + 1)
         slots = self._graphs.num_slots(cache, position + 1)
 
-        def compute(own: KVCache, embedded: Tensor, state: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-            return self.compute(embedded, state, position.view(1, 1), own, slots)
+        def compute(own: KVCache, fed: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+            return self.compute(fed, state, own, slots)
 
-        inputs = self.embed(token), state, position
-        best, slow_state, exit_state = self._graphs.run(cache, ("draft", id(self), slots), compute, *inputs)
-        return self._drafted(best, slow_state.clone(), exit_state.clone(), rank, least)
+        key, fed = ("draft", id(self), slots), torch.tensor([[token], [position]])
+        if not self._graphs.has(cache, key):
+            self._graphs.prepare(cache, self.depth)
+        weights, slow_state, exit_state = self._graphs.run(cache, key, compute, fed, state)
+        return self._drafted(weights, slow_state.clone(), exit_state.clone(), rank, least)
 
 
 def whole_blocks(draft_vocab: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def run_slow(decoder: Decoder, tokens: Tensor) -> SlowPass:
     """The model over ``tokens [B, T]``."""
     config = decoder.config
     decoder.rope.ensure(tokens.shape[1])
-    cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None])
+    cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None], decoder.dtype)
     hidden = decoder.embed(tokens)
     found = SlowPass([], [], [], [], [], [], [], [], cos, sin, hidden)
     for index, layer in enumerate(decoder.layers):

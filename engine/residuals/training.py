@@ -79,7 +79,7 @@ def run_teacher(decoder: Decoder, tokens: Tensor, depth: int, finals: Tensor | N
     """
     config = decoder.config
     decoder.rope.ensure(tokens.shape[1])
-    cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None])
+    cos, sin = decoder.rope.rows(torch.arange(tokens.shape[1], device=tokens.device)[None], decoder.dtype)
     embedded = hidden = decoder.embed(tokens)
     keys, values, routes = [], [], []
     for index in range(config.num_layers if finals is None else depth):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.store import Key
-from engine.models.attention import attend
+from engine.models.attention import Sight, attend
 from engine.models.decoder import Decoder, Place, rms_norm
 from engine.models.feed_forward import MixtureOfExperts
 from engine.residuals.expert_stream import ExpertStream
@@ -44,12 +44,12 @@ class StreamedDecoder(Decoder):
         layer, adapters, config = self.layers[index], stream.adapters(index), self.config
         both = torch.cat((hidden, self.state), dim=1)
         x = rms_norm(both, layer.attn_norm, config.norm_eps)
-        cache, slots, twice = place.cache, place.num_slots, place.positions.repeat(1, 2)
-        q, k, v = self.project_qkv(index, x, *self.rope.rows(twice))
-        written = place.positions if place.slots is None else place.slots
-        cache.write(index, written, k[:, :num_rows], v[:, :num_rows])
-        own = None if place.slots is None else place.slots.repeat(1, 2)
-        out = layer.o(attend(q, *cache.read(index, slots), twice, config.sliding_window(index), own))
+        cache, sight = place.cache, place.sight
+        own = None if sight.slots is None else sight.slots.repeat(1, 2)
+        twice = Sight(sight.positions.repeat(1, 2), sight.num_slots, own)
+        q, k, v = self.project_qkv(index, x, *self.rope.rows(twice.positions, self.dtype))
+        cache.write(index, sight.own, k[:, :num_rows], v[:, :num_rows])
+        out = layer.o(attend(q, *cache.read(index, sight.num_slots), twice, config.sliding_window(index)))
         out[:, num_rows:] += adapters.attention(x[:, num_rows:])
         both = both + out
         self.state = both[:, num_rows:]
