@@ -23,9 +23,10 @@ from engine.models.feed_forward import MixtureOfExperts
 from engine.models.kv_cache import KVCache
 from engine.models.stepper import forward_in_parts, row_places
 
-# Rows are filled up to such a number: few graphs are needed then, and on a GPU further rows cost little.
-_ROWS = (1, 4, 8, 16)
-_LEAST_SLOTS = 256  # attention looks at this many slots of the cache, or twice as many, and so on
+# Rows are filled up to such a number: few graphs are needed then, and on a GPU further rows cost little. (Sixteen would
+# be multiplied by other kernels, which sum in another order: fewer texts equalled plain decoding's.)
+_ROWS = (1, 4, 8)
+_LEAST_SLOTS = 512  # attention looks at this many slots of the cache, or twice as many, and so on
 _KEPT = 2  # memories of past conversations that are kept for the next ones
 
 
@@ -47,7 +48,7 @@ class GraphStepper:
     Logits are given in RAM, where tokens are chosen."""
 
     name = "cuda graphs"
-    max_rows = 16
+    max_rows = _ROWS[-1]
     takes_alternatives = True
 
     def __init__(self, decoder: Decoder) -> None:
@@ -116,7 +117,7 @@ class GraphStepper:
         """Rows of tokens, or such as are ``hidden`` states already, through the layers of a dense model in one launch, and
         through the head. The logits last until the next call."""
         decoder, count, reach = self.decoder, len(places[0]), max(places[1]) + 1
-        spare = next(rows for rows in _ROWS if rows >= count) - count
+        spare = next((rows for rows in _ROWS if rows >= count), count) - count
         if reach + spare > decoder.config.context_length:
             spare = 0
         behind = range(reach, reach + spare)  # whatever lies there is written anew before anyone sees it
@@ -138,19 +139,18 @@ class GraphStepper:
         return rows[:count].clone(), *(part[:count] for part in logits)
 
     def prepare(self, cache: KVCache, depth: int) -> None:
-        """Capture what rounds of a drafter with so many layers need of a dense model, for a cache of this length: so that
-        no time that is measured holds a capture."""
+        """Capture what rounds of a drafter with so many layers need, for a cache of this length: so that no time that is
+        measured holds a capture. With experts, layers are captured one by one, as they come."""
         num_layers, start = self.decoder.config.num_layers, cache.length
+        if self.decoder.config.experts is not None:
+            return
         for rows in _ROWS:
             if start + rows > self.decoder.config.context_length:
                 return
-            places = [range(start, start + rows)] * 2
-            self._through(cache, places, 0, num_layers, [0] * rows, with_logits=True)
-            if rows < 8:
-                hidden = self._through(cache, places, 0, depth, [0] * rows)[0]
-            if rows > 1:
-                hidden = hidden[:1].expand(rows, -1)
-                self._through(cache, places, depth, num_layers, hidden=hidden, with_logits=True)
+            places, ids = [range(start, start + rows)] * 2, [0] * rows
+            self._through(cache, places, 0, num_layers, ids, with_logits=True)
+            (hidden,) = self._through(cache, places, 0, depth, ids)
+            self._through(cache, places, depth, num_layers, hidden=hidden, with_logits=True)
 
     def _layer(self, hidden: Tensor, cache: KVCache, places: Tensor, index: int, slots: int) -> Tensor:
         decoder, ffn = self.decoder, self.decoder.layers[index].ffn
