@@ -278,7 +278,7 @@ class _Listener(Sampler):
         super().__init__(SamplingParams())
         self.gap = 0.0
 
-    def choose(self, logits: Tensor, history: Sequence[int]) -> int:
-        best, second = logits.topk(2).values.double().tolist()
+    def choose(self, logits: Tensor, history: Sequence[int], row: int | None = None) -> int:
+        best, second = (logits if row is None else logits[row]).topk(2).values.double().tolist()
         self.gap = best - second
-        return super().choose(logits, history)
+        return super().choose(logits, history, row)

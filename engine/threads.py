@@ -16,12 +16,15 @@ def use_threads(num_threads: int | None) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    set_threads(num_threads)
+    wanted = before if num_threads is None else num_threads
+    if wanted != before:
+        torch.set_num_threads(wanted)
     try:
         with torch.inference_mode():
             yield
     finally:
-        set_threads(before)
+        if wanted != before:
+            torch.set_num_threads(before)
 
 
 def set_threads(num_threads: int | None) -> None:

@@ -76,17 +76,17 @@ def accept(
         SlipstreamError: the logits are not finite.
     """
     for place, draft in enumerate(drafts):
-        token = sampler.choose(logits[place], ids)
+        token = sampler.choose(logits, ids, place)
         ids.append(token)
         if token != draft:
             for number, other in enumerate(alternatives):
                 if other.place == place and other.token == token:
                     row = len(drafts) + 1 + number
-                    ids.append(sampler.choose(logits[row], ids))
+                    ids.append(sampler.choose(logits, ids, row))
                     return Accepted(place, True, row, True)
             return Accepted(place, False, place, False)
     count = len(drafts)
-    ids.append(sampler.choose(logits[count], ids))
+    ids.append(sampler.choose(logits, ids, count))
     return Accepted(count, False, count, count > 0)
 
 
@@ -99,7 +99,7 @@ def verify_chain(
         started: when the round began, as ``perf_counter`` tells.
 
     Returns:
-        How many were accepted, the step, and the last accepted token's state ``[D]``.
+        How many were accepted, the step, and all rows' states ``[T, D]``.
     """
     cache, ids = sequence.cache, sequence.ids
     start = cache.length
@@ -107,7 +107,7 @@ def verify_chain(
     accepted = accept(logits, drafts, ids, sequence.sampler)
     cache.length = start + accepted.num_drafts + 1
     step = round_step(ids[start + 1 :], len(drafts), accepted, 0.0, perf_counter() - started)
-    return accepted.num_drafts, step, hidden[accepted.row]
+    return accepted.num_drafts, step, hidden
 
 
 def round_step(

@@ -211,17 +211,22 @@ class DepthController:
                 return tuple(each for _, each in found[:count])
         return tuple(each for _, each in found)
 
+    def observe_plain(self, seconds: float) -> None:
+        """Learn from a finished round without drafts, whose passes took so long."""
+        self._rounds += 1
+        known = self._time("plain") or seconds
+        if not 1 / _SURPRISE < seconds / known < _SURPRISE:
+            self._next_refresh, self._refreshes = min(self._next_refresh, self._rounds + _SOON), 0
+        self._note("plain", seconds)
+        if self._paused:
+            self._paused -= 1
+
     def observe(self, record: RoundRecord) -> None:
         """Learn from a finished round."""
-        self._rounds += 1
         if not record.num_steps:
-            known = self._time("plain") or record.verify_seconds
-            if not 1 / _SURPRISE < record.verify_seconds / known < _SURPRISE:
-                self._next_refresh, self._refreshes = min(self._next_refresh, self._rounds + _SOON), 0
-            self._note("plain", record.verify_seconds)
-            if self._paused:
-                self._paused -= 1
+            self.observe_plain(record.verify_seconds)
             return
+        self._rounds += 1
         dropped = record.num_steps > record.num_drafts
         expected = record.num_steps * self._draft_step() + self._verify(record.num_drafts, dropped)
         self._note("draft", record.draft_seconds / record.num_steps)

@@ -33,6 +33,7 @@ from engine.decoding.base import Step, TokenSequence
 from engine.decoding.calibration import Drift
 from engine.decoding.context import ContextDrafter, ContextIndex, Match
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
+from engine.requests import Provenance
 from engine.residuals.drafter import Drafter
 
 
@@ -75,19 +76,44 @@ class M2R2Decoding:
     def start(self, sequence: TokenSequence) -> None:
         self._sequence = sequence
         self._drift = Drift()
-        self._final: Tensor | None = None  # last verified position's state; the prefill keeps none
+        # The last verified position's state is a row of these; the prefill keeps none.
+        self._states: Tensor | None = None
+        self._row = 0
         self._index = ContextIndex(sequence.ids)
 
     def step(self, max_tokens: int) -> Step:
         started = perf_counter()
         if self._context is not None and (step := self._from_context(max_tokens, started, self._context)):
             return step
+        limit = min(max_tokens, self._stepper.max_rows) - 1
+        drafted = self._draft(self._sequence.ids[-1], limit)
+        if not drafted.confidences:
+            return self._plain_step(started)
+        return self._verify(drafted, limit, started)
+
+    def _plain_step(self, started: float) -> Step:
+        """A round that drafts nothing."""
+        sequence = self._sequence
+        cache, ids = sequence.cache, sequence.ids
+        self._row, first = 0, self._states is None
+        self._states, logits = self._stepper.forward(ids[-1:], cache)
+        cache.length += 1
+        token = sequence.sampler.choose(logits, ids, 0)
+        ids.append(token)
+        seconds = perf_counter() - started
+        # The first step behind a prompt finds caches and threads cold and takes half as long again: counted
+        # among the plain steps, it would make drafting look better than it is.
+        if not first:
+            self._controller.observe_plain(seconds)
+            if self._context is not None:
+                self._context.note(1, seconds)
+        return Step((token,), (Provenance.VERIFIED,), verify_seconds=seconds)
+
+    def _verify(self, drafted: _Drafted, limit: int, started: float) -> Step:
+        """The rest of a round that drafts."""
         sequence, stepper = self._sequence, self._stepper
         cache, ids = sequence.cache, sequence.ids
-        start = cache.length
-        limit = min(max_tokens, stepper.max_rows) - 1
-        drafted = self._draft(ids[-1], limit)
-        drafts, confidences = drafted.tokens, drafted.confidences
+        start, drafts, confidences = cache.length, drafted.tokens, drafted.confidences
         half_time = perf_counter()
         match, own = Match(), len(drafts)  # of the stream
         if own and own == len(confidences):  # the last draft was kept
@@ -99,23 +125,17 @@ class M2R2Decoding:
 
         unfed = [ids[-1], *drafts, *(each.token for each in others)][len(drafted.slow) :]
         instead_of = [each.place + 1 for each in others]
-        hidden, logits = stepper.forward(unfed, cache, drafted.slow, self._drafter.depth, instead_of)
+        self._states, logits = stepper.forward(unfed, cache, drafted.slow, self._drafter.depth, instead_of)
         accepted = accept(logits, drafts, ids, sequence.sampler, others)
         if accepted.alternative:
             stepper.copy_slot(cache, start + accepted.row, start + accepted.num_drafts)
         cache.length = start + accepted.num_drafts + 1
-        is_first, self._final = self._final is None, hidden[accepted.row]
+        self._row = accepted.row
 
-        ended = perf_counter()
-        times = half_time - started, ended - half_time
-        # The first step behind a prompt finds caches and threads cold and takes half as long again: counted
-        # among the plain steps, it would make drafting look better than it is.
-        if not is_first:
-            self._controller.observe(_record(drafted, ids[start + 1 :], num_drafts + len(others), *times))
-            if self._context is not None:
-                if not confidences:
-                    self._context.note(1, ended - started)
-                self._context.observe(match, num_drafts - own, accepted.num_in_chain - own)
+        times = half_time - started, perf_counter() - half_time
+        self._controller.observe(_record(drafted, ids[start + 1 :], num_drafts + len(others), *times))
+        if self._context is not None:
+            self._context.observe(match, num_drafts - own, accepted.num_in_chain - own)
         return round_step(ids[start + 1 :], num_drafts + len(others), accepted, *times)
 
     def _more_from_context(
@@ -136,8 +156,9 @@ class M2R2Decoding:
         drafts = context.choose(match, limit, self._controller.rate)
         if not drafts:
             return None
-        is_first = self._final is None
-        accepted, step, self._final = verify_chain(self._stepper, self._sequence, drafts, started)
+        is_first = self._states is None
+        accepted, step, self._states = verify_chain(self._stepper, self._sequence, drafts, started)
+        self._row = accepted
         context.observe(match, len(drafts), accepted)
         if not is_first:
             context.note(len(drafts) + 1, step.verify_seconds)
@@ -147,9 +168,9 @@ class M2R2Decoding:
         """As far as the controller will have it."""
         found = _Drafted()
         controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
-        if self._final is None or not controller.plan(limit, self._drift):
+        if self._states is None or not controller.plan(limit, self._drift):
             return found
-        state, branches = self._final, self._stepper.takes_alternatives
+        state, branches = self._states[self._row], self._stepper.takes_alternatives
         rank = self._sequence.sampler.ranking(self._sequence.ids, found.tokens)
         while True:
             least = controller.least_offer(found.confidences) if branches else 1.0

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.native_memory import address, numbers
 from engine.decoding.ranking import Candidates, Ranked
 from engine.decoding.seen import SeenTokens
 from engine.kernels import choice_fields as fields
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MOST_DRAFTED = 64
+_LOGIT_BYTES = 4
 
 
 class NativeChoice:
@@ -30,41 +32,49 @@ class NativeChoice:
     def __init__(self, params: SamplingParams, code: Choices) -> None:
         self._code = code
         self._task = np.zeros(fields.NUM_FIELDS, np.int64)
-        self._words, self._floats = _fields(self._task.view(np.uint64)), _fields(self._task.view(np.float64))
-        self._address = _address(self._task)
+        self._words, self._floats = numbers(self._task.view(np.uint64)), numbers(self._task.view(np.float64))
+        self._address = address(self._task)
         scratch, drafted = np.empty(2 * fields.MOST_ALONE, np.int64), np.zeros(_MOST_DRAFTED, np.int64)
         self._kept = np.empty(0, np.float32)
-        self._alive, self._drafted = (scratch, drafted), drafted.data
-        self._words[fields.SCRATCH], self._words[fields.DRAFTED] = _address(scratch), _address(drafted)
+        self._alive, self._drafted = (scratch, drafted), numbers(drafted)
+        self._words[fields.SCRATCH], self._words[fields.DRAFTED] = address(scratch), address(drafted)
         self._words[fields.TOP_K] = int(params.top_k)
         floats = self._floats
         floats[fields.TEMPERATURE], floats[fields.PENALTY] = params.temperature, params.repetition_penalty
         floats[fields.TOP_P], floats[fields.MIN_P] = params.top_p, params.min_p
+        self._logits: Tensor | None = None
+        self._reads = False
+        self._first = self._size = 0
 
     def takes(self, logits: Tensor) -> bool:
-        """Whether logits are of the kind that the code reads."""
-        return logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
+        """Whether logits ``[V]`` or ``[T, V]`` are of the kind that the code reads; :meth:`choose` then does."""
+        if logits is not self._logits:  # to ask torch takes longer than to choose
+            self._logits = logits
+            self._reads = (
+                logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
+            )
+            self._first, self._size = logits.data_ptr(), logits.shape[-1]
+        return self._reads
 
-    def choose(self, logits: Tensor, stream: int, seen: SeenTokens | None) -> int | None:
-        """The next token for ``logits [V]``; None: it cannot be told so.
+    def choose(self, row: int, stream: int, seen: SeenTokens | None) -> int | None:
+        """The next token for that row of the logits; None: it cannot be told so.
 
         Args:
             stream: where the position's random numbers begin.
             seen: the text so far, for the repetition penalty; None: there is no penalty.
         """
-        words = self._words
+        words, size = self._words, self._size
         words[fields.SIZE], words[fields.LOGITS], words[fields.STREAM] = (
-            len(logits),
-            logits.data_ptr(),
+            size,
+            self._first + row * size * _LOGIT_BYTES,
             stream,
         )
         words[fields.NUM_SEEN] = 0
         if seen is not None:
-            tokens = seen.tokens
-            if len(tokens) > len(self._kept):
-                self._kept = np.empty(2 * len(tokens), np.float32)
-            words[fields.SEEN], words[fields.NUM_SEEN] = _address(tokens), len(tokens)
-            words[fields.KEPT] = _address(self._kept)
+            if seen.count > len(self._kept):
+                self._kept = np.empty(2 * seen.count, np.float32)
+                words[fields.KEPT] = address(self._kept)
+            words[fields.SEEN], words[fields.NUM_SEEN] = seen.tokens_address, seen.count
         self._code.choose(self._address)
         token = words[fields.TOKEN]
         return token if token < fields.NO_TOKEN else None
@@ -80,10 +90,10 @@ class NativeChoice:
         """
         words, floats = self._words, self._floats
         words[fields.SIZE], words[fields.STREAM] = len(found.tokens), stream
-        words[fields.TOKENS], words[fields.WEIGHTS] = _address(found.tokens), _address(found.weights)
+        words[fields.TOKENS], words[fields.WEIGHTS] = address(found.tokens), address(found.weights)
         floats[fields.TOTAL], floats[fields.BEST], floats[fields.LEAST] = found.total, found.best, least
         if seen is not None:
-            words[fields.MASK], words[fields.NUM_DRAFTED] = _address(seen.mask), len(drafted)
+            words[fields.MASK], words[fields.NUM_DRAFTED] = seen.mask_address, len(drafted)
             for place, token in enumerate(drafted):
                 self._drafted[place] = token
         self._code.rank(self._address)
@@ -110,14 +120,3 @@ def _code() -> Choices | None:
     except Exception:  # an LLVM or cache problem must not keep anyone from chatting
         _log.exception("tokens are chosen by numpy")
         return None
-
-
-def _fields(array: np.ndarray[Any, np.dtype[Any]]) -> Any:
-    """To write and read a number at a time: for a few of them numpy takes longer."""
-    return array.data
-
-
-def _address(array: np.ndarray[Any, np.dtype[Any]]) -> int:
-    """Sooner than by ``ctypes``."""
-    address: int = array.__array_interface__["data"][0]
-    return address

@@ -27,6 +27,6 @@ class PlainDecoding:
         cache, ids = sequence.cache, sequence.ids
         _, logits = stepper.forward(ids[-1:], cache)
         cache.length += 1
-        token = sequence.sampler.choose(logits[0], ids)
+        token = sequence.sampler.choose(logits, ids, 0)
         ids.append(token)
         return Step((token,), (Provenance.VERIFIED,), verify_seconds=perf_counter() - started)

@@ -47,7 +47,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self.greedy = params.greedy
+        self.greedy, self._penalizes = params.greedy, params.repetition_penalty != 1.0
         self.seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 63)
         self._key = _spread(self.seed * STEP)
         # Weights of the whole vocabulary: new memory of that size comes from the system each time, page by page.
@@ -57,19 +57,19 @@ class Sampler:
         self._native = native_choice(params)
         self._draft_tokens, self._reach = np.empty(0, np.int64), 0
 
-    def choose(self, logits: Tensor, history: Sequence[int]) -> int:
-        """The next token for ``logits [V]`` after the tokens ``history`` (prompt and answer): a list that is handed in again
-        may only have grown.
+    def choose(self, logits: Tensor, history: Sequence[int], row: int | None = None) -> int:
+        """The next token for ``logits [V]``, or a ``row`` of ``[T, V]``, after the tokens ``history`` (prompt and answer): a
+        list that is handed in again may only have grown.
 
         Raises:
             SlipstreamError: the logits are not finite.
         """
         if self._native is not None and self._native.takes(logits):
-            seen = self._seen_in(history, len(logits))
+            seen = self._seen_in(history, logits.shape[-1]) if self._penalizes else None
             stream = 0 if self.greedy else self._stream(len(history))
-            if (token := self._native.choose(logits, stream, seen)) is not None:
+            if (token := self._native.choose(row or 0, stream, seen)) is not None:
                 return token
-        scores = self._scores(logits, history)
+        scores = self._scores(logits if row is None else logits[row], history)
         if self.greedy:
             return _best(scores)
         position = len(history)
@@ -89,11 +89,11 @@ class Sampler:
         def rank(found: Candidates, least: float) -> Ranked:
             position = len(history) + len(drafted)
             if self._native is not None:
-                seen = self._seen_in(history, self._reach_of(found.tokens))
+                seen = self._seen_in(history, self._reach_of(found.tokens)) if self._penalizes else None
                 stream = 0 if self.greedy else self._stream(position)
                 if ranked := self._native.rank(found, least, stream, seen, drafted):
                     return ranked
-            if self.params.repetition_penalty != 1.0:
+            if self._penalizes:
                 found = self._less_seen(found, history, drafted)
             if self.greedy:
                 return likeliest(found, least)
@@ -107,10 +107,8 @@ class Sampler:
             self._draft_tokens, self._reach = tokens, int(tokens.max()) + 1
         return self._reach
 
-    def _seen_in(self, history: Sequence[int], size: int) -> SeenTokens | None:
-        """What the repetition penalty asks for; None where there is no penalty."""
-        if self.params.repetition_penalty == 1.0:
-            return None
+    def _seen_in(self, history: Sequence[int], size: int) -> SeenTokens:
+        """What the repetition penalty asks for."""
         self._seen.follow(history, size)
         return self._seen
 
@@ -235,7 +233,7 @@ class Sampler:
     def _scores(self, logits: Tensor, history: Sequence[int]) -> Floats:
         """The logits after the repetition penalty; until the next call."""
         scores: Floats = logits.numpy() if logits.device.type == "cpu" else logits.cpu().numpy()
-        if self.params.repetition_penalty == 1.0 or not history:
+        if not self._penalizes or not history:
             return scores
         self._seen.follow(history, len(scores))
         if self._scored.shape != scores.shape or self._scored.dtype != scores.dtype:

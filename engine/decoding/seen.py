@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.decoding.native_memory import address
 from engine.decoding.ranking import Tokens
 
 _ROOM = 256  # different tokens; more by doubling
@@ -18,19 +19,21 @@ class SeenTokens:
 
     Attributes:
         mask: which tokens of the vocabulary are in it, bool ``[V]``.
+        count: how many there are.
+        mask_address, tokens_address: where native code finds them.
     """
 
     def __init__(self) -> None:
         self._history: Sequence[int] = ()
         self._length, self._last = 0, -1  # as it was seen last
-        self._tokens: Tokens = np.empty(_ROOM, np.int64)
-        self._count = 0
-        self.mask: np.ndarray[Any, np.dtype[np.bool_]] = np.zeros(0, np.bool_)
+        self.count = 0
+        self._take_tokens(np.empty(_ROOM, np.int64))
+        self._take_mask(np.zeros(0, np.bool_))
 
     @property
     def tokens(self) -> Tokens:
         """In the order in which they came, each once."""
-        return self._tokens[: self._count]
+        return self._tokens[: self.count]
 
     def follow(self, history: Sequence[int], size: int) -> None:
         """Catch up with ``history``; the mask then has ``size`` tokens at least. A sequence that it was given before may only
@@ -41,17 +44,23 @@ class SeenTokens:
             or len(history) < length
             or (length and history[length - 1] != self._last)
         ):
-            self._history, self._length, self._count = history, 0, 0
+            self._history, self._length, self.count = history, 0, 0
             self.mask[:] = False
         fresh = history[self._length :]
         if (size := max(size, max(fresh, default=0) + 1)) > len(self.mask):
-            self.mask = np.append(self.mask, np.zeros(size - len(self.mask), np.bool_))
+            self._take_mask(np.append(self.mask, np.zeros(size - len(self.mask), np.bool_)))
         for token in fresh:
-            if not self.mask[token]:
-                self.mask[token] = True
-                if self._count == len(self._tokens):
-                    self._tokens = np.append(self._tokens, np.empty_like(self._tokens))
-                self._tokens[self._count] = token
-                self._count += 1
+            if not self._is_in[token]:
+                self._is_in[token] = True
+                if self.count == len(self._tokens):
+                    self._take_tokens(np.append(self._tokens, np.empty_like(self._tokens)))
+                self._places[self.count] = token
+                self.count += 1
             self._last = token
         self._length = len(history)
+
+    def _take_tokens(self, tokens: Tokens) -> None:
+        self._tokens, self._places, self.tokens_address = tokens, tokens.data, address(tokens)
+
+    def _take_mask(self, mask: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        self.mask, self._is_in, self.mask_address = mask, mask.data, address(mask)

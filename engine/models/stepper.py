@@ -50,7 +50,7 @@ class Stepper(Protocol):
                 says; an alternative's are moved by :meth:`copy_slot`.
 
         Returns:
-            Their final states ``[T, D]`` and logits ``[T, V]``. The logits last until the next call.
+            Their final states ``[T, D]`` and logits ``[T, V]``, which last until the next call.
         """
 
     def copy_slot(self, cache: KVCache, source: int, target: int) -> None:
