@@ -142,6 +142,18 @@ def test_times_of_a_busier_day_do_not_decide_for_good(kind: str, factor: float) 
     assert speedup(second, **machine) > 0.95 * speedup(first, **machine)
 
 
+def test_what_was_only_seen_in_a_busy_moment_is_not_shunned_for_good() -> None:
+    """Long drafts and dropped ones: the opening schedule measures none of them."""
+    machine = {"chance": 0.9, "draft": 0.05, "row": 0.02}
+    first, second = DepthController(), DepthController()
+    simulate(first, 300, **machine)
+    state = first.export()
+    for kind in [f"verify {drafts}" for drafts in range(4, 8)] + [f"dropped {drafts}" for drafts in range(7)]:
+        state["times"][kind] = [5 * PLAIN]
+    assert second.restore(state)
+    assert speedup(second, **machine) > 0.97 * speedup(first, **machine)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 99}', "\x00\xff"])
 def test_a_damaged_file_is_as_none(tmp_path: Path, content: str) -> None:
     path = tmp_path / "kept.json"

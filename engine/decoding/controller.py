@@ -383,12 +383,19 @@ class DepthController:
         # Fewer rows never cost more: a time that says so is a hiccup of the machine.
         # (Drafts from elsewhere may be more than the controller's own ever are.)
         most = max(drafts, self.max_drafts)
-        own = self._time(f"{kind} {drafts}")
+        own = self._recent(f"{kind} {drafts}")
         if own is not None:
             known = [self._recent(f"{kind} {more}") for more in range(drafts + 1, most + 1)]
             return min([own, *(seconds for seconds in known if seconds is not None)])
+        # What has not been seen for long is seen again soon, if it cost more than one would guess: it may have been
+        # measured in a busy moment, and would be shunned for good.
+        guess, old = self._guess(drafts, dropped), self._time(f"{kind} {drafts}")
+        return guess if old is None else min(guess, old)
+
+    def _guess(self, drafts: int, dropped: bool) -> float:
+        """What the verification should take, from others."""
         if dropped:
-            # A first guess: about a plain step's share of the draft layers is done.
+            # About a plain step's share of the draft layers is done.
             full = self._plain() if drafts == 0 else self._verify(drafts, dropped=False)
             return max(0.8 * full, full - 0.7 * self._draft_step())
         below = self._verify(drafts - 1, dropped=False) if drafts > 1 else self._plain()
@@ -397,6 +404,6 @@ class DepthController:
     def _row_seconds(self, drafts: int) -> float:
         """A guess at what the last of so many further rows costs: as much as those that were measured."""
         for fewer in range(drafts - 1, 1, -1):
-            if seconds := self._time(f"verify {fewer}"):
+            if seconds := self._recent(f"verify {fewer}"):
                 return max(0.0, seconds - self._plain()) / fewer
         return _ROW_SHARE * self._plain()
