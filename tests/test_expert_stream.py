@@ -14,6 +14,7 @@ from engine.errors import AdapterError, InvalidRequestError
 from engine.experts.prediction.accelerated import Accelerated, StreamedDecoder
 from engine.experts.prediction.next_gate import NextGate
 from engine.experts.store import Key
+from engine.kernels import expert_stepper
 from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
 from engine.models.stepper import Stepper, TorchStepper, make_stepper
@@ -82,6 +83,27 @@ def test_the_slow_rows_do_not_notice(folder: Path, weight_format: str, interval:
     else:
         tolerance = 1e-4 if weight_format == "fp32" else 0.1
         torch.testing.assert_close(logits_of(streamed), logits_of(plain), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("fresh", [0, 2])
+@pytest.mark.parametrize("depth", [1, 2, 4, 6])
+def test_rows_that_are_some_layers_deep_do_not_notice_either(
+    folder: Path, depth: int, fresh: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As drafts are verified: in one command, in which the stream begins behind the layers that some have gone through."""
+    monkeypatch.setattr(expert_stepper, "forward_in_parts", None)
+    plain, found = load_decoder(folder, "int4"), []
+    for decoder in (plain, StreamedDecoder(plain, make_stream(plain, 0.3))):
+        stepper, cache = make_stepper(decoder), decoder.new_cache(64)
+        stepper.prefill(TOKENS[:12], cache)
+        begun = [
+            stepper.run_layers(stepper.embed([TOKENS[12 + row]]), cache, 12 + row, 0, depth)
+            for row in range(2)
+        ]
+        states, logits = stepper.forward(TOKENS[14 : 14 + fresh], cache, begun, depth)
+        found.append((states.clone(), logits.clone()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 class Listener:

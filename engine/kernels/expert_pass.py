@@ -17,6 +17,7 @@ from engine.kernels.adapter_phases import add_raised_rows, lower
 from engine.kernels.barrier import wait
 from engine.kernels.compiling import NONE, compiled
 from engine.kernels.control import (
+    BEGUN,
     CHOSEN,
     EXPERT_ACT,
     EXPERT_ACTS,
@@ -26,6 +27,7 @@ from engine.kernels.control import (
     EXPERT_OUT,
     EXPERT_OUTS,
     EXPERTS,
+    FIRST,
     GATHERED,
     HIDDEN_SIZE,
     LAYER_FIELDS,
@@ -187,10 +189,14 @@ def _look_ahead(turns: int, index: int, h: int, slow: int, side: int, size: int)
 @compiled
 def _begin_stream(control: int, own: int, index: int) -> int:
     """The address of what the accelerated stream does in a layer, 0 if there is none. Where it begins anew, its rows are the
-    slow ones."""
-    if index == 0:
+    slow ones.
+
+    While some of a pass's rows wait, which have gone through these layers already, the others have none: what is wanted here
+    is in memory, as those have just used it."""
+    begun = get_i64(control + 8 * FIRST) if get_i64(control + 8 * BEGUN) != 0 else 0
+    if index == 0 or index == begun:
         put_i64(own + 8 * OWN_SIDE, 0)
-    if get_i64(control + 8 * STREAM) == 0:
+    if get_i64(control + 8 * STREAM) == 0 or index < begun:
         return 0
     stream = get_i64(control + 8 * STREAM) + index * (8 * STREAM_FIELDS)
     if get_i64(stream + 8 * STREAM_RESTARTS) != 0:

@@ -96,7 +96,7 @@ class FusedExpertStepper(FusedStepper):
         instead_of: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         rows = len(begun) + len(ids)
-        if rows > self._most_rows or not self._begin_pass(rows, len(begun)):
+        if rows > self._most_rows or not self._begin_pass(rows):
             return forward_in_parts(self, ids, cache, begun, depth, instead_of)
         self.team.control[control.CHOSEN], self.team.control[control.WEIGHTS] = self._choices
         found = super().forward(ids, cache, begun, depth, instead_of)
@@ -106,8 +106,8 @@ class FusedExpertStepper(FusedStepper):
             self.decoder.watch.end_pass(rows)
         return found
 
-    def _begin_pass(self, rows: int, num_begun: int) -> bool:
-        """Whether a pass of ``rows`` rows, ``num_begun`` of them some layers deep, can be one command."""
+    def _begin_pass(self, rows: int) -> bool:
+        """Whether a pass of ``rows`` rows can be one command."""
         watch = self.decoder.watch
         if watch is None:
             return self._in_one and (self._cache is None or self._cache.follow(None))

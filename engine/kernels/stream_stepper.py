@@ -40,9 +40,9 @@ class FusedStreamStepper(FusedExpertStepper):
             )
         self.team.control[control.STREAM] = self._stream.ctypes.data
 
-    def _begin_pass(self, rows: int, num_begun: int) -> bool:
+    def _begin_pass(self, rows: int) -> bool:
         self._streamed.state = None
-        return num_begun == 0 and 2 * rows <= self._most_rows and super()._begin_pass(rows, num_begun)
+        return 2 * rows <= self._most_rows and super()._begin_pass(rows)
 
     def _row_places(
         self, start: int, count: int, instead_of: Sequence[int]
