@@ -66,6 +66,7 @@ def speedup(controller: DepthController, **machine: float) -> float:
         (0.9, 0.1, 0.02, 2.8),  # good drafts, cheap rows
         (0.6, 0.12, 0.02, 1.4),
         (0.5, 0.2, 0.25, 0.97),  # hardly worth it
+        (0.41, 0.27, 0.2, 0.985),  # not worth it, and no better at any later try
         (0.1, 0.3, 0.3, 0.97),  # never worth it: off, but for a probe now and then
         (0.0, 0.1, 0.1, 0.97),
     ],

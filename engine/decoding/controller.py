@@ -46,7 +46,7 @@ _SURPRISE, _SOON = 1.15, 6
 _WINDOW = 64  # drafting rounds that are judged together
 _EARLY = 24  # a clear loss is seen sooner
 _LOSS, _CLEAR_LOSS = 0.98, 0.88  # of the plain speed
-_PAUSE, _LONGEST_PAUSE = 48, 384  # plain rounds until drafting is tried again
+_PAUSE, _LONGEST_PAUSE = 48, 768  # plain rounds until drafting is tried again
 # Rounds for which a time says something about others than its own kind: a text grows, and all passes take longer.
 _RECENT = 128
 
@@ -319,7 +319,8 @@ class DepthController:
         self._judged += 1
         plain = self._plain()
         ratio = self._tokens / self._seconds * plain
-        if self._judged >= _WINDOW or (self._judged >= _EARLY and ratio < _CLEAR_LOSS):
+        clear = _CLEAR_LOSS if self._pause == _PAUSE else _LOSS  # it has been off before: so much is likely again
+        if self._judged >= _WINDOW or (self._judged >= _EARLY and ratio < clear):
             if ratio < _LOSS:
                 self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
                 self.reason = self._sentence(ratio)
