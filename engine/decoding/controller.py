@@ -319,7 +319,9 @@ class DepthController:
         self._judged += 1
         plain = self._plain()
         ratio = self._tokens / self._seconds * plain
-        clear = _CLEAR_LOSS if self._pause == _PAUSE else _LOSS  # it has been off before: so much is likely again
+        clear = (
+            _CLEAR_LOSS if self._pause == _PAUSE else _LOSS
+        )  # it has been off before: so much is likely again
         if self._judged >= _WINDOW or (self._judged >= _EARLY and ratio < clear):
             if ratio < _LOSS:
                 self._paused, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
