@@ -222,11 +222,11 @@ def taught(row_seconds: float) -> DepthController:
     """A controller that knows what rows take beside a plain step of a second."""
     controller = DepthController()
     for drafts in (1, 2, 3, 4, 5):
-        controller.observe(RoundRecord(0, 0, 1, 0.0, 1.0))
+        controller.observe_plain(1.0)
         controller.observe(RoundRecord(drafts, drafts, 1, 0.1 * drafts, 1 + drafts * row_seconds))
     for _ in range(20):
         controller.plan(7)
-        controller.observe(RoundRecord(0, 0, 1, 0.0, 1.0))
+        controller.observe_plain(1.0)
     assert controller.plan(7)
     return controller
 

@@ -49,7 +49,10 @@ def simulate(
         verifying = PLAIN * (1 + row * kept)
         outcomes = [(each, place < accepted) for place, each in enumerate(confidences[:kept])][: accepted + 1]
         times = drafting, verifying
-        controller.observe(RoundRecord(len(confidences), kept, accepted + 1, *times, tuple(outcomes)))
+        if confidences:
+            controller.observe(RoundRecord(len(confidences), kept, accepted + 1, *times, tuple(outcomes)))
+        else:
+            controller.observe_plain(verifying)
         tokens += accepted + 1
         seconds += drafting + verifying
     return tokens, seconds
@@ -172,7 +175,7 @@ def test_a_full_disk_costs_nothing_but_the_memory(tmp_path: Path) -> None:
 def test_plain_steps_of_a_busy_moment_do_not_make_drafts_look_good() -> None:
     controller = DepthController()
     for _ in range(9):
-        controller.observe(RoundRecord(0, 0, 1, 0.0, 6.7e-3))  # as long as three of the others
+        controller.observe_plain(6.7e-3)  # as long as three of the others
         controller.observe(RoundRecord(1, 1, 1, 0.3e-3, 2.2e-3, ((0.5, False),)))
     assert controller.rate == pytest.approx(1 / 2.2e-3)
     # what people are shown stays what was measured
@@ -184,7 +187,7 @@ def test_a_pass_from_when_the_text_was_short_says_nothing_of_a_plain_step_now() 
     for _ in range(9):
         controller.observe(RoundRecord(3, 3, 2, 1.2e-3, 2.5e-3, ((0.5, True), (0.5, False))))
     for _ in range(200):
-        controller.observe(RoundRecord(0, 0, 1, 0.0, 3.5e-3))
+        controller.observe_plain(3.5e-3)
     assert controller.rate == pytest.approx(1 / 3.5e-3)
 
 

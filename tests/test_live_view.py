@@ -98,7 +98,7 @@ def test_off_is_said_in_the_strip():
 def test_the_plain_rate_is_measured_by_plain_steps():
     controller = DepthController()
     assert controller.state() == SpeculationState()
-    controller.observe(RoundRecord(0, 0, 1, 0.0, 0.020))
+    controller.observe_plain(0.020)
     assert controller.state().plain_tokens_per_second == pytest.approx(50)
     assert controller.state().draft_seconds is None and controller.state().acceptance is None
     controller.observe(RoundRecord(1, 1, 2, 0.004, 0.022, ((0.9, True),)))
@@ -115,7 +115,7 @@ def test_a_loss_switches_off_with_a_reason():
         if controller.plan(4):
             controller.observe(RoundRecord(2, 2, 1, 0.020, 0.030, ((0.5, False),)))
         else:
-            controller.observe(RoundRecord(0, 0, 1, 0.0, 0.010))
+            controller.observe_plain(0.010)
     state = controller.state()
     assert state.is_off and state.reason is not None and state.reason.endswith(".")
 

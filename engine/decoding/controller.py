@@ -222,10 +222,7 @@ class DepthController:
             self._paused -= 1
 
     def observe(self, record: RoundRecord) -> None:
-        """Learn from a finished round."""
-        if not record.num_steps:
-            self.observe_plain(record.verify_seconds)
-            return
+        """Learn from a finished round that drafted."""
         self._rounds += 1
         dropped = record.num_steps > record.num_drafts
         expected = record.num_steps * self._draft_step() + self._verify(record.num_drafts, dropped)

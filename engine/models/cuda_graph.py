@@ -32,9 +32,8 @@ class Graph:
             compute(*self._inputs)  # libraries set themselves up at the first use, which no graph may hold
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(
-            side
-        ):  # torch.cuda.graph() empties torch's store of free memory besides: 0.1 s
+        # (Not by torch.cuda.graph(), which empties torch's store of free memory besides: 0.1 s.)
+        with torch.cuda.stream(side):
             # Other threads copy experts meanwhile, which has nothing to do with this.
             self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
