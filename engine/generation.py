@@ -54,8 +54,9 @@ class Generation:
         self._notices = notices
         self._prepare_seconds = prepare_seconds
         # Beside the fused kernels' own threads, which wait for the next step at full tilt, a second thread of
-        # torch's would wait for a core: choosing a token would take as long as computing it.
-        self._num_threads = 1 if backend.kernel == "fused" else num_threads
+        # torch's would wait for a core. Their steps do nothing by torch that they do not see to themselves.
+        self._in_torch = backend.kernel != "fused"
+        self._num_threads = num_threads if self._in_torch else 1
         self._on_finish = on_finish
         self._cancelled = threading.Event()
         self._busy = threading.Lock()  # one next() at a time; close() waits for none
@@ -145,7 +146,10 @@ class Generation:
         self._stop_if_cancelled()
         with ENGINE_LOCK:
             started = perf_counter()
-            with use_threads(self._num_threads):
+            if self._in_torch:
+                with use_threads(self._num_threads):
+                    step = self._method.step(self._room())
+            else:
                 step = self._method.step(self._room())
             pieces, reason = self._read(step)  # counted too: text is part of what a token costs
             seconds = perf_counter() - started

@@ -11,7 +11,9 @@ import torch
 
 from engine.decoding.acceptance import Accepted, Alternative, accept
 from engine.decoding.base import TokenSequence
+from engine.decoding.calibration import Drift
 from engine.decoding.controller import DepthController, RoundRecord
+from engine.decoding.draft_plan import DraftPlan
 from engine.decoding.m2r2 import M2R2
 from engine.decoding.sampling import Sampler
 from engine.kernels import make_fused_stepper
@@ -62,7 +64,7 @@ def test_alternatives_of_every_family(tmp_path: Path, family: str, fused: bool) 
     """Sliding windows, norms of queries and keys, biases, experts."""
     decoder = load_decoder(tiny.save_model(tmp_path / family, family), "fp32" if fused else "fp64")
     stepper = make_stepper(decoder) if fused else TorchStepper(decoder)
-    assert stepper.takes_alternatives and stepper.name == ("fused" if fused else "torch")
+    assert stepper.name == ("fused" if fused else "torch")
     for length in (5, 62):
         _compare(stepper, decoder, length, lambda one, other: torch.allclose(one, other, atol=1e-5))
 
@@ -138,8 +140,11 @@ def test_after_each_round_the_cache_has_the_bits_of_a_fresh_prefill(
     """Drafts and alternatives right and wrong, drafts kept and dropped, on a cache that grows."""
 
     class Moody(DepthController):
-        def keep(self, confidences: list[float]) -> bool:
-            return chance.random() < 0.75
+        def plan(self, limit: int, drift: Drift | None = None) -> DraftPlan | None:
+            plan = super().plan(limit, drift)
+            if plan is not None:
+                plan.keep = lambda confidences: chance.random() < 0.75
+            return plan
 
     stepper, chance = make_stepper(decoders[weight_format]), random.Random(3)
     expected, _ = run(stepper, None, 90, [9])
@@ -259,7 +264,8 @@ def test_what_was_offered_and_never_right_is_not_taken_for_long() -> None:
 
 @pytest.mark.parametrize(("row_seconds", "least"), [(0.02, 0.05), (0.2, 0.3)])
 def test_only_likely_tokens_are_asked_for(row_seconds: float, least: float) -> None:
-    controller = taught(row_seconds)
-    assert controller.least_offer([]) == pytest.approx(0.8 * row_seconds, rel=0.3)
-    assert controller.least_offer([0.5]) > controller.least_offer([])
-    assert controller.least_offer([]) < least
+    plan = taught(row_seconds).plan(7)
+    assert plan is not None
+    assert plan.least_offer([]) == pytest.approx(0.8 * row_seconds, rel=0.3)
+    assert plan.least_offer([0.5]) > plan.least_offer([])
+    assert plan.least_offer([]) < least

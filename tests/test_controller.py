@@ -33,14 +33,14 @@ def simulate(
     luck, tokens, seconds = random.Random(seed), 0, 0.0
     for _ in range(rounds):
         confidences: list[float] = []
-        drafted = controller.plan(limit)
+        plan = controller.plan(limit)
         kept = 0
-        while drafted:
+        while plan is not None:
             confidences.append(min(0.99, max(0.01, luck.gauss(chance, 0.1))))
-            if not controller.keep(confidences):
+            if not plan.keep(confidences):
                 break
             kept += 1
-            if not controller.more(confidences):
+            if not plan.more(confidences):
                 break
         accepted = 0
         while accepted < kept and luck.random() < confidences[accepted]:
@@ -105,11 +105,12 @@ def test_it_comes_back_when_drafts_become_good() -> None:
 def test_the_limit_is_kept(limit: int) -> None:
     controller = DepthController(fixed=5)
     if limit == 0:
-        assert not controller.plan(0)
+        assert controller.plan(0) is None
         return
-    assert controller.plan(limit)
+    plan = controller.plan(limit)
+    assert plan is not None
     made = [0.9]
-    while controller.more(made):
+    while plan.more(made):
         made.append(0.9)
     assert len(made) == limit
 
@@ -195,18 +196,22 @@ def test_a_text_that_is_harder_than_the_others_is_drafted_less() -> None:
     """Confidences lie in this text; what all answers have taught stays as it is for the next one."""
     controller = DepthController()
     simulate(controller, 300, chance=0.7, draft=0.1, row=0.1)
-    drift, confidences = Drift(), [0.7]
-    assert controller.plan(7, drift)
-    before = controller.chance(confidences)
+    drift, fresh, confidences = Drift(), Drift(), [0.7]
+
+    def chance(confidences: list[float], drift: Drift) -> float:
+        plan = controller.plan(7, drift)
+        assert plan is not None
+        return plan.chance(confidences)
+
+    before = chance(confidences, drift)
     for _ in range(12):
         controller.observe(RoundRecord(1, 1, 1, PLAIN * 0.1, PLAIN * 1.1, ((0.7, False),)))
-    assert drift.factor < 0.5 and controller.chance(confidences) < 0.5 * before
-    assert controller.plan(7, Drift())
-    assert controller.chance(confidences) > 0.8 * before
+    assert drift.factor < 0.5 and chance(confidences, drift) < 0.5 * before
+    assert chance(confidences, fresh) > 0.8 * before
     for _ in range(12):
         controller.observe(RoundRecord(1, 1, 2, PLAIN * 0.1, PLAIN * 1.1, ((0.7, True),)))
-    assert controller.chance(confidences) > before
-    assert controller.chance([0.99] * 3) < 1
+    assert chance(confidences, fresh) > before
+    assert chance([0.99] * 3, fresh) < 1
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.decoding.base import TokenSequence
+from engine.decoding.calibration import Drift
 from engine.decoding.controller import DepthController, RoundRecord
+from engine.decoding.draft_plan import DraftPlan
 from engine.decoding.m2r2 import M2R2
 from engine.kernels.draft_layers import fits_int4
 from engine.kernels.stepper import FusedStepper
@@ -62,8 +64,11 @@ class Moody(DepthController):
         self.records: list[RoundRecord] = []
         self.num_plain = 0
 
-    def keep(self, confidences: list[float]) -> bool:
-        return self._chance.random() < 0.75
+    def plan(self, limit: int, drift: Drift | None = None) -> DraftPlan | None:
+        plan = super().plan(limit, drift)
+        if plan is not None:
+            plan.keep = lambda confidences: self._chance.random() < 0.75
+        return plan
 
     def observe(self, record: RoundRecord) -> None:
         self.records.append(record)

@@ -257,14 +257,16 @@ def test_the_result_waits_for_the_end():
 
 @pytest.mark.parametrize("kernel", ["fused", "torch"])
 def test_torch_keeps_out_of_the_way_of_the_fused_threads(kernel: str):
-    """Their spinning threads and a second one of torch's would fight for a core at every token."""
-    before, seen = torch.get_num_threads(), []
+    """Their spinning threads and a second one of torch's would fight for a core. (Their steps see to it themselves.)"""
+    before, seen, steps = torch.get_num_threads(), [], []
     backend = FakeBackend(["ab", "c$"], kernel=kernel)
-    backend.on_step = backend.on_chunk = lambda: seen.append(torch.get_num_threads())
+    backend.on_chunk = lambda: seen.append(torch.get_num_threads())
+    backend.on_step = lambda: steps.append((torch.get_num_threads(), torch.is_inference_mode_enabled()))
     torch.set_num_threads(2)
     try:
         assert "".join(piece.text for piece in generate(backend)) == "abc"
-        assert set(seen) == {1 if kernel == "fused" else 2} and len(seen) > 2
+        assert set(seen) == {1 if kernel == "fused" else 2} and len(seen) == 2
+        assert set(steps) == {(2, kernel != "fused")} and len(steps) == 2
         assert torch.get_num_threads() == 2  # the next model that this thread loads gets all of them
     finally:
         torch.set_num_threads(before)

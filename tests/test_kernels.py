@@ -244,6 +244,35 @@ def test_a_row_that_only_reads_leaves_the_cache_alone() -> None:
     assert not torch.equal(both[1], both[0])
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_what_torch_does_in_a_pass_it_does_on_one_thread(
+    num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that grows would else wake threads that stay awake for a while, on the cores of the kernels' own."""
+    decoder, seen, before = make_decoder("int4", **PLAIN), [], torch.get_num_threads()
+    stepper, cache, allocate = (
+        make_fused_stepper(decoder, num_threads=2),
+        decoder.new_cache(64),
+        KVCache._allocate,
+    )
+
+    def watched(self: KVCache, capacity: int) -> None:
+        seen.append((torch.get_num_threads(), torch.is_inference_mode_enabled()))
+        allocate(self, capacity)
+
+    monkeypatch.setattr(KVCache, "_allocate", watched)
+    torch.set_num_threads(2)
+    try:
+        while cache.length < 150:
+            stepper.forward([7] * num_tokens, cache)
+            cache.length += num_tokens
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert cache.capacity > 64 and set(seen) == {(1, True)}
+    stepper.close()
+
+
 def test_follows_a_growing_cache_and_a_second_one() -> None:
     decoder = make_decoder("bf16", **PLAIN)
     stepper = make_fused_stepper(decoder, num_threads=2)

@@ -23,7 +23,7 @@ from engine.models.loader import load_decoder
 from engine.models.stepper import Stepper, TorchStepper, make_stepper
 from engine.requests import FinishReason, GenerationRequest, Message, Provenance, SamplingParams
 from engine.residuals.accelerator import Accelerator, AcceleratorConfig
-from engine.residuals.drafter import Draft, Drafter, make_drafter
+from engine.residuals.drafter import Draft, Drafter, StepwiseDrafter, make_drafter
 from engine.session import ModelInfo, Session
 from engine.tokenizer import load_tokenizer
 from tests import tiny
@@ -59,7 +59,7 @@ def accelerator(decoder: Decoder, depth: int = 2, rank: int = 8, conditioned: bo
     return made.requires_grad_(False)
 
 
-class Scripted:
+class Scripted(StepwiseDrafter):
     """A drafter whose tokens, and those that it offers beside them, are chosen by the test; everything else is the real
     one's."""
 

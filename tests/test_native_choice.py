@@ -33,7 +33,7 @@ drafts_settings = st.builds(
 
 def by_numpy(params: SamplingParams) -> Sampler:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "native_choice", lambda params: None)
+        patch.setattr(sampling, "native_choice", lambda *_: None)
         return Sampler(params)
 
 
@@ -110,7 +110,7 @@ def test_a_single_value_that_is_no_number_is_a_sentence(params: SamplingParams, 
 
 
 def test_other_kinds_of_logits_are_numpys():
-    native = native_choice.native_choice(SamplingParams())
+    native = native_choice.native_choice(SamplingParams(), 1)
     assert native is not None and native.takes(torch.zeros(4))
     assert not native.takes(torch.zeros(4, dtype=torch.float64)) and not native.takes(torch.zeros(8)[::2])
     assert Sampler(SamplingParams()).choose(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64), []) == 1

@@ -25,7 +25,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """Everything here holds for both ways of choosing."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "numpy":
-            patch.setattr(sampling, "native_choice", lambda params: None)
+            patch.setattr(sampling, "native_choice", lambda *_: None)
         yield
 
 

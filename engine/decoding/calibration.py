@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import MutableSequence
 from typing import Any
 
-_BINS = 8
+from engine.kernels.plan_fields import BINS
+
 _PRIOR = 3.0  # observations' worth of trust in the probability itself
 _FADE = 0.998  # per observation: old luck counts less
 _LATE, _LATE_PRIOR = 0.08, 3.0  # of what is late, likewise; observations' worth of trust in the calibration
@@ -16,12 +18,18 @@ class Calibration:
 
     Args:
         highest: the probabilities' upper end.
+        memory: where to keep the counts, ``BINS`` numbers each: of right ones, and of all.
     """
 
-    def __init__(self, highest: float = 1.0) -> None:
-        self._width = highest / _BINS
-        self._right = [_PRIOR * (number + 0.5) * self._width for number in range(_BINS)]
-        self._seen = [_PRIOR] * _BINS
+    def __init__(
+        self,
+        highest: float = 1.0,
+        memory: tuple[MutableSequence[float], MutableSequence[float]] | None = None,
+    ) -> None:
+        self._width = highest / BINS
+        self._right, self._seen = memory or ([0.0] * BINS, [0.0] * BINS)
+        for number in range(BINS):
+            self._right[number], self._seen[number] = _PRIOR * (number + 0.5) * self._width, _PRIOR
 
     def chance(self, probability: float) -> float:
         """That a token of this probability is right."""
@@ -45,12 +53,13 @@ class Calibration:
             ValueError, TypeError: it is broken.
         """
         right, seen = ([number(value) for value in part] for part in state)
-        if len(right) != _BINS or len(seen) != _BINS or min(seen) <= 0:
+        if len(right) != BINS or len(seen) != BINS or min(seen) <= 0:
             raise ValueError(state)
-        self._right, self._seen = right, seen
+        for place in range(BINS):
+            self._right[place], self._seen[place] = right[place], seen[place]
 
     def _bin(self, probability: float) -> int:
-        return min(_BINS - 1, max(0, int(probability / self._width)))
+        return min(BINS - 1, max(0, int(probability / self._width)))
 
 
 class Drift:

@@ -23,7 +23,6 @@ first draft, the stream's own exit state for the later ones (our choice; see ``e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from time import perf_counter
 
 from torch import Tensor
@@ -34,27 +33,7 @@ from engine.decoding.calibration import Drift
 from engine.decoding.context import ContextDrafter, ContextIndex, Match
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
 from engine.requests import Provenance
-from engine.residuals.drafter import Drafter
-
-
-@dataclass
-class _Drafted:
-    """What the stream has drafted in a round.
-
-    Attributes:
-        tokens: the drafts that were kept.
-        slow: the slow states of all fed tokens; none, if the drafter gives none.
-        confidences: of each draft step. The last draft may have been dropped as too unsure; the state of the token before
-            it stays useful.
-        all_tokens: of each draft step, dropped or kept.
-        offers: of each draft step, the other tokens that are likely enough, with their probabilities.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    slow: list[Tensor] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)
-    all_tokens: list[int] = field(default_factory=list)
-    offers: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+from engine.residuals.drafter import Drafted, Drafter
 
 
 class M2R2Decoding:
@@ -86,10 +65,8 @@ class M2R2Decoding:
         if self._context is not None and (step := self._from_context(max_tokens, started, self._context)):
             return step
         limit = min(max_tokens, self._stepper.max_rows) - 1
-        drafted = self._draft(self._sequence.ids[-1], limit)
-        if not drafted.confidences:
-            return self._plain_step(started)
-        return self._verify(drafted, limit, started)
+        drafted = self._draft(limit)
+        return self._plain_step(started) if drafted is None else self._verify(drafted, limit, started)
 
     def _plain_step(self, started: float) -> Step:
         """A round that drafts nothing."""
@@ -109,7 +86,7 @@ class M2R2Decoding:
                 self._context.note(1, seconds)
         return Step((token,), (Provenance.VERIFIED,), verify_seconds=seconds)
 
-    def _verify(self, drafted: _Drafted, limit: int, started: float) -> Step:
+    def _verify(self, drafted: Drafted, limit: int, started: float) -> Step:
         """The rest of a round that drafts."""
         sequence, stepper = self._sequence, self._stepper
         cache, ids = sequence.cache, sequence.ids
@@ -146,7 +123,7 @@ class M2R2Decoding:
         if context is None or controller.rate is None:
             return Match(), ()
         match = self._index.find(limit, drafts)
-        chance = controller.chance(confidences)
+        chance = self._plan.chance(confidences)
         return match, context.extend(match, limit, len(drafts) + 1, chance, controller.rate)
 
     def _from_context(self, max_tokens: int, started: float, context: ContextDrafter) -> Step | None:
@@ -164,32 +141,16 @@ class M2R2Decoding:
             context.note(len(drafts) + 1, step.verify_seconds)
         return step
 
-    def _draft(self, token: int, limit: int) -> _Drafted:
-        """As far as the controller will have it."""
-        found = _Drafted()
-        controller, drafter, cache = self._controller, self._drafter, self._sequence.cache
-        if self._states is None or not controller.plan(limit, self._drift):
-            return found
-        state, branches = self._states[self._row], self._stepper.takes_alternatives
-        rank = self._sequence.sampler.ranking(self._sequence.ids, found.tokens)
-        while True:
-            least = controller.least_offer(found.confidences) if branches else 1.0
-            draft = drafter.draft(token, state, cache, cache.length + len(found.tokens), rank, least)
-            if draft.slow_state is not None:
-                found.slow.append(draft.slow_state)
-            found.confidences.append(draft.confidence)
-            found.all_tokens.append(draft.token)
-            found.offers.append(draft.others)
-            if not controller.keep(found.confidences):
-                return found
-            found.tokens.append(draft.token)
-            if len(found.tokens) >= limit or not controller.more(found.confidences):
-                return found
-            token, state = draft.token, draft.exit_state
+    def _draft(self, limit: int) -> Drafted | None:
+        """As far as the controller will have it; None: not at all."""
+        if self._states is None or (plan := self._controller.plan(limit, self._drift)) is None:
+            return None
+        self._plan = plan
+        return self._drafter.draft_round(self._sequence, self._states, self._row, plan)
 
 
 def _record(
-    drafted: _Drafted, tokens: Sequence[int], num_drafts: int, draft_seconds: float, verify_seconds: float
+    drafted: Drafted, tokens: Sequence[int], num_drafts: int, draft_seconds: float, verify_seconds: float
 ) -> RoundRecord:
     """For the controller: a round that gave ``tokens``."""
     outcomes, others = [], []

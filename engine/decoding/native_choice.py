@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.decoding.native_memory import address, numbers
-from engine.decoding.ranking import Candidates, Ranked
+from engine.decoding.ranking import Candidates, Floats, Ranked, Tokens
 from engine.decoding.seen import SeenTokens
 from engine.kernels import choice_fields as fields
 from engine.requests import SamplingParams
@@ -29,7 +29,7 @@ _LOGIT_BYTES = 4
 class NativeChoice:
     """A task of :mod:`engine.kernels.choices`."""
 
-    def __init__(self, params: SamplingParams, code: Choices) -> None:
+    def __init__(self, params: SamplingParams, key: int, code: Choices) -> None:
         self._code = code
         self._task = np.zeros(fields.NUM_FIELDS, np.int64)
         self._words, self._floats = numbers(self._task.view(np.uint64)), numbers(self._task.view(np.float64))
@@ -38,11 +38,14 @@ class NativeChoice:
         self._kept = np.empty(0, np.float32)
         self._alive, self._drafted = (scratch, drafted), numbers(drafted)
         self._words[fields.SCRATCH], self._words[fields.DRAFTED] = address(scratch), address(drafted)
-        self._words[fields.TOP_K] = int(params.top_k)
+        self._words[fields.TOP_K], self._words[fields.KEY] = int(params.top_k), key
+        self._ranks_all = params.repetition_penalty >= 1  # below, an unlikely draft may become a likely one
         floats = self._floats
         floats[fields.TEMPERATURE], floats[fields.PENALTY] = params.temperature, params.repetition_penalty
         floats[fields.TOP_P], floats[fields.MIN_P] = params.top_p, params.min_p
         self._logits: Tensor | None = None
+        self._tokens: Tokens | None = None
+        self._weights: Floats | None = None
         self._reads = False
         self._first = self._size = 0
 
@@ -56,19 +59,16 @@ class NativeChoice:
             self._first, self._size = logits.data_ptr(), logits.shape[-1]
         return self._reads
 
-    def choose(self, row: int, stream: int, seen: SeenTokens | None) -> int | None:
+    def choose(self, row: int, position: int, seen: SeenTokens | None) -> int | None:
         """The next token for that row of the logits; None: it cannot be told so.
 
         Args:
-            stream: where the position's random numbers begin.
+            position: of that token.
             seen: the text so far, for the repetition penalty; None: there is no penalty.
         """
         words, size = self._words, self._size
-        words[fields.SIZE], words[fields.LOGITS], words[fields.STREAM] = (
-            size,
-            self._first + row * size * _LOGIT_BYTES,
-            stream,
-        )
+        words[fields.SIZE], words[fields.POSITION] = size, position
+        words[fields.LOGITS] = self._first + row * size * _LOGIT_BYTES
         words[fields.NUM_SEEN] = 0
         if seen is not None:
             if seen.count > len(self._kept):
@@ -80,33 +80,54 @@ class NativeChoice:
         return token if token < fields.NO_TOKEN else None
 
     def rank(
-        self, found: Candidates, least: float, stream: int, seen: SeenTokens | None, drafted: Sequence[int]
+        self, found: Candidates, least: float, position: int, seen: SeenTokens | None, drafted: Sequence[int]
     ) -> Ranked:
         """As :class:`engine.decoding.ranking.Rank`, without changing the weights; nothing: it cannot be told so.
 
         Args:
+            position: of the first draft.
             seen: as for :meth:`choose`; its mask has room for all tokens of ``found``.
             drafted: drafts between the text and this one.
         """
         words, floats = self._words, self._floats
-        words[fields.SIZE], words[fields.STREAM] = len(found.tokens), stream
-        words[fields.TOKENS], words[fields.WEIGHTS] = address(found.tokens), address(found.weights)
+        self._take(found.tokens, found.weights, position, seen)
         floats[fields.TOTAL], floats[fields.BEST], floats[fields.LEAST] = found.total, found.best, least
-        if seen is not None:
-            words[fields.MASK], words[fields.NUM_DRAFTED] = seen.mask_address, len(drafted)
-            for place, token in enumerate(drafted):
-                self._drafted[place] = token
+        words[fields.NUM_DRAFTED] = len(drafted)
+        for place, token in enumerate(drafted):
+            self._drafted[place] = token
         self._code.rank(self._address)
         return tuple(
             (words[fields.RANKED + place], floats[fields.CHANCES + place])
             for place in range(words[fields.NUM_RANKED])
         )
 
+    def draft_task(
+        self, tokens: Tokens, weights: Floats, position: int, seen: SeenTokens | None
+    ) -> int | None:
+        """The address of a task with which native code does as :meth:`rank`, from draft to draft; None: it could not tell."""
+        if not self._ranks_all:
+            return None
+        self._take(tokens, weights, position, seen)
+        return self._address
 
-def native_choice(params: SamplingParams) -> NativeChoice | None:
-    """None where there is no native code."""
+    def _take(self, tokens: Tokens, weights: Floats, position: int, seen: SeenTokens | None) -> None:
+        words = self._words
+        if tokens is not self._tokens or weights is not self._weights:  # a drafter's always lie where they do
+            self._tokens, self._weights = tokens, weights
+            words[fields.TOKENS], words[fields.WEIGHTS] = address(tokens), address(weights)
+        words[fields.SIZE], words[fields.POSITION] = len(tokens), position
+        if seen is not None:
+            words[fields.MASK] = seen.mask_address
+
+
+def native_choice(params: SamplingParams, key: int) -> NativeChoice | None:
+    """None where there is no native code.
+
+    Args:
+        key: of the seed's random numbers.
+    """
     code = _code()
-    return None if code is None else NativeChoice(params, code)
+    return None if code is None else NativeChoice(params, key, code)
 
 
 @cache

@@ -54,7 +54,7 @@ class Sampler:
         self._weights: Floats = np.empty(0)
         self._scored: Floats = np.empty(0)
         self._seen = SeenTokens()
-        self._native = native_choice(params)
+        self._native = native_choice(params, self._key * STEP & _WORD)
         self._draft_tokens, self._reach = np.empty(0, np.int64), 0
 
     def choose(self, logits: Tensor, history: Sequence[int], row: int | None = None) -> int:
@@ -66,8 +66,7 @@ class Sampler:
         """
         if self._native is not None and self._native.takes(logits):
             seen = self._seen_in(history, logits.shape[-1]) if self._penalizes else None
-            stream = 0 if self.greedy else self._stream(len(history))
-            if (token := self._native.choose(row or 0, stream, seen)) is not None:
+            if (token := self._native.choose(row or 0, len(history), seen)) is not None:
                 return token
         scores = self._scores(logits if row is None else logits[row], history)
         if self.greedy:
@@ -87,19 +86,30 @@ class Sampler:
         tokens would be chosen if the draft distribution were the model's. The chances are guesses."""
 
         def rank(found: Candidates, least: float) -> Ranked:
-            position = len(history) + len(drafted)
             if self._native is not None:
                 seen = self._seen_in(history, self._reach_of(found.tokens)) if self._penalizes else None
-                stream = 0 if self.greedy else self._stream(position)
-                if ranked := self._native.rank(found, least, stream, seen, drafted):
+                if ranked := self._native.rank(found, least, len(history), seen, drafted):
                     return ranked
             if self._penalizes:
                 found = self._less_seen(found, history, drafted)
             if self.greedy:
                 return likeliest(found, least)
-            return self._arrivals(found, position, least)
+            return self._arrivals(found, len(history) + len(drafted), least)
 
         return rank
+
+    def draft_task(self, history: Sequence[int], tokens: Tokens, weights: Floats) -> int | None:
+        """The address of a task of :mod:`engine.kernels.choices` that puts drafts in order that follow ``history``, as a rank of
+        :meth:`ranking` does; None where native code cannot.
+
+        Args:
+            tokens: that may be drafted, ``[N]``.
+            weights: where theirs will be, float32 ``[N]``.
+        """
+        if self._native is None:
+            return None
+        seen = self._seen_in(history, self._reach_of(tokens)) if self._penalizes else None
+        return self._native.draft_task(tokens, weights, len(history), seen)
 
     def _reach_of(self, tokens: Tokens) -> int:
         """One more than the largest of a drafter's tokens: it has the same ones each time."""

@@ -19,7 +19,8 @@ STEP, MIX = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111
     SIZE,  # of logits, or of draft weights
     TEMPERATURE,  # F; 0: greedy
     PENALTY,  # F
-    STREAM,  # where the position's random numbers begin
+    KEY,  # of the seed's random numbers
+    POSITION,  # of the next token
     # Of a choice:
     LOGITS,  # address of float32 [SIZE]
     TOP_K,  # 0: off
@@ -35,12 +36,12 @@ STEP, MIX = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111
     TOTAL,  # F, of the whole distribution's weights
     BEST,  # F, the largest one's logit
     MASK,  # address of which tokens the text holds, a byte each
-    DRAFTED,  # address of the drafts before this one, int64 [NUM_DRAFTED]
+    DRAFTED,  # address of the drafts from POSITION on, before this one, int64 [NUM_DRAFTED]
     NUM_DRAFTED,
     LEAST,  # F, the chance from which on others than the first are asked for
     NUM_RANKED,  # 0: it cannot be told so
     RANKED,  # the tokens, MOST_RANKED of them
-) = range(22)
+) = range(23)
 CHANCES = RANKED + MOST_RANKED  # F, as many
 SCRATCH = CHANCES + MOST_RANKED  # address of int64 [2 * MOST_ALONE]
 NUM_FIELDS = SCRATCH + 1

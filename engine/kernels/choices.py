@@ -15,6 +15,7 @@ from engine.kernels.choice_fields import (
     DRAFTED,
     FEWER,
     KEPT,
+    KEY,
     LEAST,
     LIKELY,
     LOGITS,
@@ -28,11 +29,11 @@ from engine.kernels.choice_fields import (
     NUM_RANKED,
     NUM_SEEN,
     PENALTY,
+    POSITION,
     RANKED,
     SCRATCH,
     SEEN,
     SIZE,
-    STREAM,
     TEMPERATURE,
     TOKEN,
     TOKENS,
@@ -44,7 +45,7 @@ from engine.kernels.choice_fields import (
 from engine.kernels.compiling import compile_entry_points, compiled
 from engine.kernels.intrinsics import LANES, get_f32, get_i8, get_i64, put_f32, put_i64
 from engine.kernels.rows import exp_total
-from engine.kernels.scalars import arrival, exp_of, get_f64, log_of, put_f64
+from engine.kernels.scalars import arrival, exp_of, get_f64, log_of, put_f64, random_bits
 from engine.kernels.shortlists import collect, first_of, heaviest, keep_from, largest, mass_of, sort_heaviest
 
 _MARGIN = 0.1  # by which a penalty may lower the best draft without a second look at all
@@ -69,10 +70,16 @@ def _weigh(task: int, best: float, least: float) -> int:
 
 
 @compiled
+def _stream(task: int, ahead: int) -> int:
+    """Where the random numbers begin of a position, so many behind the task's."""
+    return random_bits(get_i64(task + 8 * KEY), get_i64(task + 8 * POSITION) + ahead)
+
+
+@compiled
 def _pick(task: int) -> int:
     """The choice, after the penalty; -1: it cannot be told so."""
     size, tokens = get_i64(task + 8 * SIZE), get_i64(task + 8 * SCRATCH)
-    weights, stream = tokens + 8 * MOST_ALONE, get_i64(task + 8 * STREAM)
+    weights, stream = tokens + 8 * MOST_ALONE, _stream(task, 0)
     top_k, top_p, min_p = get_i64(task + 8 * TOP_K), get_f64(task + 8 * TOP_P), get_f64(task + 8 * MIN_P)
     best = largest(get_i64(task + 8 * LOGITS), size)
     if not -math.inf < best < math.inf:
@@ -183,17 +190,19 @@ def _likely(task: int, least: float) -> int:
     for number in range(count):
         put_f64(found + 8 * number, get_f64(found + 8 * number) / best)
     put_f64(task + 8 * TOTAL, total / best)
-    return count if count <= MOST_LIKELY else 0
+    if count > MOST_LIKELY:  # at high temperatures most are likely
+        first = count - sort_heaviest(places, found, count, MOST_LIKELY, math.inf)
+        for number in range(MOST_LIKELY):
+            put_i64(places + 8 * number, get_i64(places + 8 * (first + number)))
+            put_f64(found + 8 * number, get_f64(found + 8 * (first + number)))
+    return min(count, MOST_LIKELY)
 
 
 @compiled
-def _rank(task: int) -> int:
-    """Fill in the best few; returns how many."""
-    temperature, stream, least = (
-        get_f64(task + 8 * TEMPERATURE),
-        get_i64(task + 8 * STREAM),
-        get_f64(task + 8 * LEAST),
-    )
+def rank_drafts(task: int) -> int:
+    """Fill in the best few; returns how many, or 0: it cannot be told so."""
+    temperature, least = get_f64(task + 8 * TEMPERATURE), get_f64(task + 8 * LEAST)
+    stream = _stream(task, get_i64(task + 8 * NUM_DRAFTED))
     greedy, tokens = temperature == 0, get_i64(task + 8 * TOKENS)
     penalty = get_f64(task + 8 * PENALTY)
     if penalty < 1:  # an unlikely one may become a likely one
@@ -252,6 +261,6 @@ def native_code() -> dict[str, tuple[str, bytes]]:
                 put_f32(logits + 4 * token, get_f32(kept + 4 * number))
 
     def rank(task: int) -> None:
-        put_i64(task + 8 * NUM_RANKED, _rank(task))
+        put_i64(task + 8 * NUM_RANKED, rank_drafts(task))
 
     return compile_entry_points(choose, rank)

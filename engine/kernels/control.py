@@ -32,13 +32,15 @@ RECORDS = 105  # of attention, two buffers of them
 KEPT_LAYERS = 107  # the first so many, which draft steps read too
 # What attention gives, and this and ACT as the next matmul takes them.
 MIXED, MIXED_ROUNDED, MIXED_EXTRAS, ACT_ROUNDED, ACT_EXTRAS = range(108, 113)
-TOOK = 113  # ticks, rank 0 for the last command
+TOOK = 113  # ticks, rank 0 for all commands
 # For layers with experts within a pass (:mod:`engine.kernels.expert_pass`). TURNS is the address of a block of
 # :mod:`engine.kernels.turns`, or 0, and THERE of room for an expert's linears. STREAM is the
 # address of what an accelerated stream does in each layer, or 0.
 SPARSE_LAYERS, WANTED, NUM_WANTED, LEFT, SOURCES, EXPERT_OUTS, EXPERT_ACTS, GATHERED, TURNS, THERE, STREAM = (
     range(114, 125)
 )
+# For a round's drafts (:mod:`engine.kernels.draft_chain`): addresses.
+PLAN, CHAIN, CHOICE = range(125, 128)
 RANKS = 128  # per thread RANK_FIELDS
 RANK_FIELDS = 48
 (
@@ -51,7 +53,7 @@ HELD_UP, SINCE = 23, 24
 OWN_SIDE = 25  # rows of an accelerated stream behind the slow ones
 TICKETS, HELPED = 32, 33  # what other threads write as well, when they help
 ARRIVED = 40  # at the end of how many phases: what they wait for
-RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 8)
+RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_DRAFTS, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 9)
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.
 LINEAR_FIELDS = 6

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import perf_counter
 
-_WINDOW = 0.008  # seconds of work to be judged by: a system lets a program have a core for half of that
+WINDOW = 0.008  # seconds of work to be judged by: a system lets a program have a core for half of that
 _WORTH = 0.8  # of its share of the work, what a thread may cost in waiting
 _SHORTEST, _LONGEST = 0.03, 1.0  # seconds without a thread: doubled each time that it is no use still
 
@@ -33,15 +33,15 @@ class Crowding:
         self._trying = False
 
     def observe(self, seconds: float, lost: float) -> None:
-        """A command took so long, for a share ``lost`` of which a thread was waited for."""
+        """Commands took so long, for a share ``lost`` of which a thread was waited for."""
         self._worked += seconds
         self._lost += lost * seconds
         allowed = _WORTH / self.threads
-        if self.threads > 1 and self._lost > allowed * max(self._worked, _WINDOW):
+        if self.threads > 1 and self._lost > allowed * max(self._worked, WINDOW):
             self._without = min(2 * self._without, _LONGEST) if self._trying else _SHORTEST
             self._until = self._clock() + self._without
             self._judge(self.threads - 1, trying=False)
-        elif self._worked >= _WINDOW:
+        elif self._worked >= WINDOW:
             more = self.threads < self._most and self._clock() >= self._until
             self._judge(self.threads + more, trying=more)
 

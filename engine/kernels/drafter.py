@@ -1,4 +1,4 @@
-"""Draft steps on the fused kernels: one command of the team for each, and more where layers have experts."""
+"""Drafts on the fused kernels: one command of the team for a round, and step by step where layers have experts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.base import TokenSequence
+from engine.decoding.draft_plan import MOST_DRAFTS, DraftPlan
+from engine.decoding.native_memory import address, numbers
 from engine.decoding.ranking import Candidates, Rank, likeliest
-from engine.kernels import control
+from engine.kernels import control, plan_fields
 from engine.kernels.adapters import describe_adapter, int8_map
 from engine.kernels.draft_layers import use_copies
 from engine.kernels.expert_stepper import FusedExpertStepper, Side
@@ -21,7 +24,8 @@ from engine.models.kv_cache import KVCache
 from engine.quantization.base import Linear
 from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
 from engine.residuals.accelerator import Accelerator
-from engine.residuals.drafter import Draft, cut_head, whole_blocks
+from engine.residuals.drafter import Draft, Drafted, StepwiseDrafter, cut_head, whole_blocks
+from engine.threads import use_threads
 
 _CPU = torch.device("cpu")
 
@@ -36,12 +40,43 @@ class _Slot:
     exit_state: Tensor
 
 
+class _Round:
+    """Where the steps of a round put theirs, and what they drafted."""
+
+    def __init__(self, size: int) -> None:
+        self.rows, self.exit_states = (
+            torch.zeros(MOST_DRAFTS + 1, 2, size),
+            torch.zeros(MOST_DRAFTS + 1, size),
+        )
+        self._slow_states = [rows[:1] for rows in self.rows]
+        chain = np.zeros(plan_fields.NUM_CHAIN_FIELDS, np.int64)
+        self._words, self._floats, self.address = (
+            numbers(chain), numbers(chain.view(np.float64)), address(chain),
+        )  # fmt: skip
+
+    def drafted(self, has_slow_states: bool) -> Drafted:
+        words, floats = self._words, self._floats
+        found, steps = Drafted(), -words[plan_fields.NUM_STEPS]
+        if has_slow_states:
+            found.slow = self._slow_states[:steps]
+        for entry in range(
+            plan_fields.STEPS, plan_fields.STEPS + steps * plan_fields.STEP_FIELDS, plan_fields.STEP_FIELDS
+        ):
+            found.all_tokens.append(words[entry + plan_fields.DRAFT_TOKEN])
+            found.confidences.append(floats[entry + plan_fields.CONFIDENCE])
+            first, chances = entry + plan_fields.OTHERS, entry + plan_fields.OTHER_CHANCES
+            others = range(words[entry + plan_fields.NUM_OTHERS])
+            found.offers.append(tuple((words[first + other], floats[chances + other]) for other in others))
+        found.tokens = found.all_tokens[: words[plan_fields.NUM_KEPT]]
+        return found
+
+
 def _slot(size: int) -> _Slot:
     rows = torch.zeros(2, size)
     return _Slot(rows, rows[:1], torch.zeros(size))
 
 
-class FusedDrafter:
+class FusedDrafter(StepwiseDrafter):
     """A :class:`engine.residuals.drafter.Drafter` on a :class:`FusedStepper`.
 
     Adapters and maps are rounded to int8 and the draft head to int4, whatever the model's own format, and where the
@@ -97,6 +132,16 @@ class FusedDrafter:
             control.DRAFT_LOGITS: self._weights.ctypes.data,
             control.DRAFT_TOTAL: self._total_and_best.ctypes.data,
         }
+        self._round, self._state_bytes = _Round(size), 4 * size
+        self._round_fields = {
+            **self._fields,
+            control.FIRST: 0,
+            control.LAST: self.depth,
+            control.EXIT_MAP: self._exit_map,
+            control.OUT: self._round.rows.data_ptr(),
+            control.DRAFT_BUFFER: self._round.exit_states.data_ptr(),
+            control.CHAIN: self._round.address,
+        }
         stepper.reserve_adapters(
             max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
         )
@@ -116,7 +161,8 @@ class FusedDrafter:
         rows = slot.rows
         for part in self._parts:
             if isinstance(part, int):
-                rows = self._run_experts(part, rows, position)
+                with use_threads(1):
+                    rows = self._run_experts(part, rows, position)
             else:
                 self._run_dense(part, rows, slot, state, position)
                 rows = slot.rows
@@ -124,6 +170,22 @@ class FusedDrafter:
         slow_state = None if stepper.drafts_on_copies else slot.slow_state
         ranked = rank(Candidates(self._vocab, self._weights, total, best), least)
         return Draft(*ranked[0], slow_state, slot.exit_state, ranked[1:])
+
+    def draft_round(self, sequence: TokenSequence, states: Tensor, row: int, plan: DraftPlan) -> Drafted:
+        """In one command, unless layers have experts."""
+        task = None
+        if not self._sides:
+            task = sequence.sampler.draft_task(sequence.ids, self._vocab, self._weights)
+        if task is None:
+            return super().draft_round(sequence, states, row, plan)
+        stepper, position, fields = self.stepper, sequence.cache.length, self._round_fields
+        stepper.follow(sequence.cache, position + plan.limit)
+        stepper.use_tokens(sequence.ids[-1:])
+        stepper.use_positions((position, position), (position, -1))
+        fields[control.CONDITION] = states.data_ptr() + row * self._state_bytes
+        fields[control.PLAN], fields[control.CHOICE] = plan.address, task
+        stepper.team.run(control.RUN_DRAFTS, fields)
+        return self._round.drafted(not stepper.drafts_on_copies)
 
     def _run_dense(self, layers: range, rows: Tensor, slot: _Slot, state: Tensor, position: int) -> None:
         """Neighbouring dense layers, if any, with token and start map before the first layer and the exit behind the

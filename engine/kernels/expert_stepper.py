@@ -22,6 +22,7 @@ from engine.models.kv_cache import KVCache
 from engine.models.stepper import forward_in_parts
 from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
+from engine.threads import use_threads
 
 _MOST_ROWS = 16  # of a pass in one command; more want most of the experts anyway
 
@@ -97,7 +98,8 @@ class FusedExpertStepper(FusedStepper):
     ) -> tuple[Tensor, Tensor]:
         rows = len(begun) + len(ids)
         if rows > self._most_rows or not self._begin_pass(rows):
-            return forward_in_parts(self, ids, cache, begun, depth, instead_of)
+            with use_threads(1):
+                return forward_in_parts(self, ids, cache, begun, depth, instead_of)
         self.team.control[control.CHOSEN], self.team.control[control.WEIGHTS] = self._choices
         found = super().forward(ids, cache, begun, depth, instead_of)
         if self._cache is not None:

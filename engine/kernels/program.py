@@ -26,6 +26,7 @@ from engine.kernels.control import (
     ROWS,
     RUN_ATTENTION,
     RUN_DRAFT,
+    RUN_DRAFTS,
     RUN_EXPERTS,
     RUN_FORWARD,
     RUN_LAYERS,
@@ -37,6 +38,7 @@ from engine.kernels.control import (
     TOOK,
     VALUES,
 )
+from engine.kernels.draft_chain import run_drafts
 from engine.kernels.draft_phases import run_draft
 from engine.kernels.expert_pass import run_any_layer
 from engine.kernels.expert_phases import run_attention, run_experts
@@ -62,6 +64,8 @@ def _commands(run_forward: Any) -> Any:
             run_forward(tag, kv, draft, kv_size, control, own, rank)
         elif get_i64(control + 8 * COMMAND) == RUN_DRAFT:
             run_draft(draft, kv, head, kv_size, control, own, rank)
+        elif get_i64(control + 8 * COMMAND) == RUN_DRAFTS:
+            run_drafts(draft, kv, head, kv_size, control, own, rank)
 
     return execute
 
@@ -122,7 +126,7 @@ def native_code(kinds: Kinds) -> dict[str, tuple[str, bytes]]:
             use_rows(control, own, 0, get_i64(control + 8 * ROWS))
             run(tag, kv, head, draft, kv_size, control, own, rank)
             if rank == 0:
-                put_i64(control + 8 * TOOK, ticks() - began)
+                put_i64(control + 8 * TOOK, get_i64(control + 8 * TOOK) + ticks() - began)
                 break
             spins = 0
 

@@ -54,15 +54,14 @@ def from_bits(typingctx: Any, bits: Any) -> Any:
 
 
 @intrinsic
-def _random_bits(typingctx: Any, stream: Any, token: Any) -> Any:
-    """52 random bits that belong to a token and a position's stream."""
+def random_bits(typingctx: Any, stream: Any, number: Any) -> Any:
+    """64 random bits that belong to a number in a stream; also the stream of a position, where ``stream`` is a key."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits = builder.add(args[0], builder.mul(args[1], I64(STEP)))
         for shift, factor in MIX:
             bits = builder.mul(builder.xor(bits, builder.lshr(bits, I64(shift))), I64(factor))
-        bits = builder.xor(bits, builder.lshr(bits, I64(31)))
-        return builder.lshr(bits, I64(12))
+        return builder.xor(bits, builder.lshr(bits, I64(31)))
 
     return types.int64(types.int64, types.int64), codegen
 
@@ -104,4 +103,4 @@ def exp_of(x: float) -> float:
 @compiled
 def arrival(stream: int, token: int) -> float:
     """When a token arrives, exponentially distributed."""
-    return -log_of((_random_bits(stream, token) + 0.5) * 2.220446049250313e-16)
+    return -log_of(((random_bits(stream, token) >> 12 & _MANTISSA) + 0.5) * 2.220446049250313e-16)

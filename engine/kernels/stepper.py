@@ -20,6 +20,7 @@ from engine.models.kv_cache import KVCache
 from engine.models.stepper import row_places
 from engine.quantization.base import Linear
 from engine.quantization.int4_layout import GROUP_SIZE, torch_block
+from engine.threads import use_threads
 
 MAX_ROWS = 64  # a prefill takes as many at once
 _MIN_TASKS = 24  # split a matmul's inputs until there are about this many tasks
@@ -35,7 +36,6 @@ class FusedStepper:
 
     name = "fused"
     max_rows = MAX_ROWS
-    takes_alternatives = True
     patience = PATIENCE
     shares_cores = True
 
@@ -330,10 +330,12 @@ class FusedStepper:
     def follow(self, cache: KVCache, num_positions: int) -> None:
         """Make ``cache`` the one in use, with room for ``num_positions``, wherever it and the rotary tables
         lie now."""
-        cache.ensure(num_positions)
-        block = self.team.control
         rope = self.decoder.rope
-        rope.ensure(num_positions)
+        if num_positions > min(cache.capacity, rope.num_positions):
+            with use_threads(1):  # the one thing in a pass that is torch's work
+                cache.ensure(num_positions)
+                rope.ensure(num_positions)
+        block = self.team.control
         if rope.generation != self._rope_seen:
             self._rope = (rope.cos.contiguous(), rope.sin.contiguous())
             block[control.COS], block[control.SIN] = (table.data_ptr() for table in self._rope)

@@ -18,7 +18,7 @@ from time import perf_counter
 import numpy as np
 
 from engine.kernels import control as fields
-from engine.kernels.crowding import Crowding
+from engine.kernels.crowding import WINDOW, Crowding
 from engine.kernels.native import Kinds, Program, load_program
 
 PATIENCE = (
@@ -58,7 +58,8 @@ class Team:
         self._held_up = [
             fields.RANKS + rank * fields.RANK_FIELDS + fields.HELD_UP for rank in range(num_threads)
         ]
-        self._lost = 0
+        self._worked = 0.0  # seconds that the crowding has not been told of
+        self._took = self._lost = 0  # ticks that it has
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
         self._pid = os.getpid()
@@ -86,10 +87,9 @@ class Team:
                     meanwhile()
             finally:
                 self._program.work(self.address, 0, 0)
-            if crowding is not None:
-                before, self._lost = self._lost, max([control[field] for field in self._held_up])
-                share = min(1.0, (self._lost - before) / max(1, control[fields.TOOK]))
-                crowding.observe(perf_counter() - started, share)
+            self._worked += perf_counter() - started
+            if crowding is not None and self._worked >= WINDOW:
+                self._tell(crowding)
 
     def copy_slot(self, layers: int, source: int, target: int) -> None:
         """Have the caches of the first ``layers`` layers hold in slot ``target`` what they hold in ``source``."""
@@ -106,6 +106,12 @@ class Team:
                 for worker in self._workers:
                     worker.thread.join()
             self._workers = []
+
+    def _tell(self, crowding: Crowding) -> None:
+        """What the latest commands took, and lost."""
+        took, lost = self._fields[fields.TOOK], max([self._fields[field] for field in self._held_up])
+        crowding.observe(self._worked, min(1.0, (lost - self._lost) / max(1, took - self._took)))
+        self._took, self._lost, self._worked = took, lost, 0.0
 
     def _publish(self) -> None:
         self._program.publish(self.address)

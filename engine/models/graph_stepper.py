@@ -49,7 +49,6 @@ class GraphStepper:
 
     name = "cuda graphs"
     max_rows = _ROWS[-1]
-    takes_alternatives = True
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

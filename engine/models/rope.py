@@ -115,16 +115,17 @@ class RopeTable:
         self._inverse, self._factor = inverse_frequencies(config)
         self._device = device
         self.cos = self.sin = torch.empty(0, config.head_dim // 2, device=device)
-        self.generation = 0  # +1 at each reallocation, as in KVCache
+        self.num_positions = self.generation = 0  # S; +1 at each reallocation, as in KVCache
 
     def ensure(self, num_positions: int) -> None:
         """Make the tables cover positions ``[0, num_positions)``."""
-        if num_positions <= self.cos.shape[0]:
+        if num_positions <= self.num_positions:
             return
-        size = max(num_positions, 2 * self.cos.shape[0], 256)
+        size = max(num_positions, 2 * self.num_positions, 256)
         angles = torch.outer(torch.arange(size).float(), self._inverse)
         self.cos = (angles.cos() * self._factor).to(self._device)
         self.sin = (angles.sin() * self._factor).to(self._device)
+        self.num_positions = size
         self.generation += 1
 
     def rows(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ class Stepper(Protocol):
 
     name: str
     max_rows: int
-    takes_alternatives: bool  # rows instead of others, see :meth:`forward`
     decoder: Decoder
 
     def embed(self, ids: Sequence[int]) -> Tensor:
@@ -107,7 +106,6 @@ class TorchStepper:
 
     name = "torch"
     max_rows = 16
-    takes_alternatives = True
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

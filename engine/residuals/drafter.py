@@ -8,13 +8,15 @@ accelerated row only reads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.decoding.base import TokenSequence
+from engine.decoding.draft_plan import DraftPlan
 from engine.decoding.ranking import Candidates, Rank, Ranked, likeliest
 from engine.models.attention import Sight, attend
 from engine.models.cuda_graph import RamCopy
@@ -50,8 +52,28 @@ class Draft:
     others: Ranked = ()
 
 
+@dataclass
+class Drafted:
+    """What the stream has drafted in a round.
+
+    Attributes:
+        tokens: the drafts that were kept.
+        slow: the slow states of all fed tokens; none, if the drafter gives none.
+        confidences: of each draft step. The last draft may have been dropped as too unsure; the state of the token before
+            it stays useful.
+        all_tokens: of each draft step, dropped or kept.
+        offers: of each draft step, the other tokens that are likely enough, with their probabilities.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    slow: list[Tensor] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    all_tokens: list[int] = field(default_factory=list)
+    offers: list[Ranked] = field(default_factory=list)
+
+
 class Drafter(Protocol):
-    """Drafts one token at a time on a loaded model."""
+    """Drafts on a loaded model."""
 
     depth: int  # layers that a draft step runs
 
@@ -77,8 +99,39 @@ class Drafter(Protocol):
             least: the chance from which on other tokens are asked for.
         """
 
+    def draft_round(self, sequence: TokenSequence, states: Tensor, row: int, plan: DraftPlan) -> Drafted:
+        """Draft behind a text, whose last token is to be fed, for as long as the plan will have it.
 
-class TorchDrafter:
+        Args:
+            states: what the stepper gave for the last pass, ``[T, D]``.
+            row: of the token before the last.
+        """
+
+
+class StepwiseDrafter:
+    """A :class:`Drafter` whose rounds are put together here, from its single steps."""
+
+    def draft_round(self, sequence: TokenSequence, states: Tensor, row: int, plan: DraftPlan) -> Drafted:
+        ids, cache, drafter = sequence.ids, sequence.cache, cast(Drafter, self)
+        found, token, state = Drafted(), ids[-1], states[row]
+        rank = sequence.sampler.ranking(ids, found.tokens)
+        while True:
+            least = plan.least_offer(found.confidences)
+            draft = drafter.draft(token, state, cache, cache.length + len(found.tokens), rank, least)
+            if draft.slow_state is not None:
+                found.slow.append(draft.slow_state)
+            found.confidences.append(draft.confidence)
+            found.all_tokens.append(draft.token)
+            found.offers.append(draft.others)
+            if not plan.keep(found.confidences):
+                return found
+            found.tokens.append(draft.token)
+            if not plan.more(found.confidences):
+                return found
+            token, state = draft.token, draft.exit_state
+
+
+class TorchDrafter(StepwiseDrafter):
     """Both rows in one batch through torch: every device and weight format. For a :class:`TorchStepper`."""
 
     def __init__(self, stepper: Stepper, accelerator: Accelerator) -> None:

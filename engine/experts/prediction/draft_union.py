@@ -16,7 +16,7 @@ from engine.experts.prediction.next_gate import likely_experts
 from engine.experts.store import Key
 from engine.models.kv_cache import KVCache
 from engine.models.stepper import Stepper
-from engine.residuals.drafter import Draft, Drafter
+from engine.residuals.drafter import Draft, Drafter, StepwiseDrafter
 from engine.residuals.expert_stream import ExpertStream
 from engine.threads import use_threads
 
@@ -34,7 +34,7 @@ def named_experts(stream: ExpertStream, draft: Draft, count: int) -> list[Key]:
     ]
 
 
-class UnionDrafter:
+class UnionDrafter(StepwiseDrafter):
     """A drafter that has the experts of what it drafts loaded; the drafts are the inner drafter's own.
 
     Args:
