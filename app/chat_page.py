@@ -16,6 +16,8 @@ from app.expert_panel import ExpertPanel
 from app.model_panel import ModelPanel, build_model_choice, format_choice
 from app.preferences import PreferenceFile
 from app.settings_panel import build_settings, read_settings
+from app.training import Training
+from app.training_panel import TrainingPanel
 from engine.errors import SlipstreamError
 
 EXAMPLES = (
@@ -92,12 +94,13 @@ class ChatPage:
         with gr.Sidebar("Settings", position="right", open=False, width=320, elem_id="settings"):
             self._settings = build_settings(preferences)
             models = build_model_choice(self._host, preferences) if private else None
+            training = TrainingPanel(self._host, Training()) if private else None
 
         timer = gr.Timer(_TICK_SECONDS)
         self._loading_timer = gr.Timer(_LOADING_TICK_SECONDS)
         self._connect_answers()
         self._connect_chats(new_chat, title, delete)
-        self._connect_loading(stop_loading, models)
+        self._connect_loading(stop_loading, models, training)
         timer.tick(self._machine_strip, None, self._machine, **DIRECT)
 
     # Answers
@@ -261,26 +264,31 @@ class ChatPage:
 
     # The model
 
-    def _connect_loading(self, stop_loading: Any, models: ModelPanel | None) -> None:
+    def _connect_loading(
+        self, stop_loading: Any, models: ModelPanel | None, training: TrainingPanel | None
+    ) -> None:
         state = [
             self._loading, self._loading_text, self._try_again, self._loading_timer, self._settings.method,
             self._experts.frame, self._experts.body,
         ]  # fmt: skip
         state += [] if models is None else [models.telling, models.weights]
-        self._private = models is not None
+        state += [] if training is None else training.outputs
+        self._private, self._training = models is not None, training
         self._loading_timer.tick(self._loading_state, None, state, **DIRECT)
         stop_loading.click(self._host.cancel_loading, None, None, **DIRECT)
         wake = self._try_again.click(lambda: self._host.start(), None, None, **DIRECT)
         wake.then(lambda: gr.Timer(active=True), None, self._loading_timer, **DIRECT)
-        if models is not None:
-            models.loads.then(
-                lambda begun: gr.Timer(active=True) if begun else gr.skip(), models.begun, self._loading_timer,
-                **DIRECT,
-            )  # fmt: skip
+        for panel in (models, training):
+            if panel is not None:
+                panel.loads.then(
+                    lambda begun: gr.Timer(active=True) if begun else gr.skip(), panel.begun, self._loading_timer,
+                    **DIRECT,
+                )  # fmt: skip
 
     def _loading_state(self, request: gr.Request) -> tuple[Any, ...]:
         state, session = self._host.state, self._host.loaded
         tell = [gr.Timer(active=True)] if self._private else []
+        training = [] if self._training is None else self._training.shown()
         if state.stage == "ready" and session is not None:
             names = session.methods()
             picked = methods.pick(names, self._preferences.value.method)
@@ -289,6 +297,7 @@ class ChatPage:
             experts = self._experts.shown(_owner(request))
             return (
                 gr.Row(visible=False), "", gr.skip(), gr.Timer(active=False), method, *experts, *tell, *weights,
+                *training,
             )  # fmt: skip
         kept = [gr.skip() for _ in tell]
         experts = (gr.Accordion(visible=False), gr.skip())
@@ -296,11 +305,12 @@ class ChatPage:
             text = telemetry.loading_strip(state.message, state.share)
             return (
                 gr.Row(visible=True), text, gr.Button(visible=False), gr.skip(), gr.skip(), *experts, *kept, *kept,
+                *training,
             )  # fmt: skip
         text = telemetry.notice(state.message, "error")
         return (
             gr.Row(visible=True), text, gr.Button(visible=True), gr.Timer(active=False), gr.skip(), *experts, *tell,
-            *kept,
+            *kept, *training,
         )  # fmt: skip
 
     def _machine_strip(self) -> str:

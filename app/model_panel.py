@@ -61,15 +61,17 @@ def fit_lines(source: str, weights: str, memory: str) -> Iterator[str]:
     choice = chosen(source, weights, memory)
     try:
         fit = estimate_fit(choice.source, choice.memory_bytes(), choice.weight_format)
-        yield _fit_line(str(fit), fit.fits is False)
+        yield telemetry.remark(str(fit), fit.fits is False)
         if fit.to_measure is not None:
             measure_when_idle(fit.to_measure)
-            yield _fit_line(str(estimate_fit(choice.source, choice.memory_bytes(), choice.weight_format)))
+            yield telemetry.remark(
+                str(estimate_fit(choice.source, choice.memory_bytes(), choice.weight_format))
+            )
     except SlipstreamError as error:
         yield telemetry.notice(str(error), "error")
     except Exception:  # a broken file of a model that nobody has asked to load: loading it has the sentence
         _log.exception("what the model needs could not be told")
-        yield _fit_line("What this model needs cannot be told before it is loaded.")
+        yield telemetry.remark("What this model needs cannot be told before it is loaded.")
 
 
 def chosen(source: str | None, weights: str, memory: str | None) -> ModelChoice:
@@ -97,7 +99,7 @@ def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> ModelPa
         host.choice.memory, label="Memory for this model", placeholder="Automatic", max_length=40, elem_id="memory",
         info="Such as 6GB. What of a mixture of experts does not fit is read from disk; empty: what is free",
     )  # fmt: skip
-    fit = gr.HTML(_fit_line(""), apply_default_css=False, js_on_load=None, elem_id="fit")
+    fit = gr.HTML(telemetry.remark(""), apply_default_css=False, js_on_load=None, elem_id="fit")
     load = gr.Button("Load", size="sm", variant="secondary", elem_id="load-model")
     telling, begun = gr.Timer(_TELLING_SECONDS, active=False), gr.State(False)
 
@@ -128,9 +130,3 @@ def build_model_choice(host: EngineHost, preferences: PreferenceFile) -> ModelPa
     telling.tick(tell_once, inputs, [fit, telling], trigger_mode="once", **waiting)
     loads = load.click(change_model, inputs, [begun, fit], **_DIRECT)
     return ModelPanel(weight_format, telling, loads, begun)
-
-
-def _fit_line(sentence: str, short: bool = False) -> str:
-    """``short`` of memory: marked, also without colour."""
-    kind = "fit short" if short else "fit"
-    return f'<p class="{kind}" role="status">{telemetry.escape(sentence)}</p>'

@@ -142,6 +142,12 @@ def notice(sentence: str, kind: str = "info") -> str:
     return f'<div class="notice {kind}" role="alert">{escape(sentence)}</div>' if sentence else ""
 
 
+def remark(sentence: str, short: bool = False) -> str:
+    """What is good to know beside a setting; ``short`` of memory: marked, also without colour."""
+    kind = "fit short" if short else "fit"
+    return f'<p class="{kind}" role="status">{escape(sentence)}</p>'
+
+
 def rate(metrics: Any | None) -> float | None:
     """Tokens/s of an answer; None before there is one."""
     return metrics.tokens_per_second if metrics else None

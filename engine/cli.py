@@ -195,3 +195,7 @@ def as_json(result: Any, info: Any) -> dict[str, Any]:
         if metrics.speculation.num_draft_tokens
         else None,
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

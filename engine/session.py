@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from engine.context import check_length, fit_messages
 from engine.decoding.base import Backend, TokenSequence
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from engine.progress import Progress
 
 log = logging.getLogger(__name__)
+
+Trainable: TypeAlias = Literal["drafts", "experts"]
 
 _SETTLE_PAUSE = 0.05  # seconds between two looks at a busy engine
 _ANSWER_HEADROOM = 512  # cache slots allocated ahead for an answer; more come by doubling
@@ -128,6 +130,14 @@ class Session:
         """What of the model's experts is in memory and how that fares; None where all of them always are."""
         tiers = getattr(self.backend, "tiers", None)  # a backend of another kind has none
         return None if tiers is None else tiers.report()
+
+    def trainable(self) -> Trainable | None:
+        """What training on this machine would bring to this model that it has not; None: nothing that we can train."""
+        if self.info.kernel == "transformers":
+            return None
+        if (experts := self.experts()) is not None:
+            return None if experts.has_maps else "experts"
+        return None if "m2r2" in self.methods() else "drafts"
 
     def top2_gap(self, ids: Sequence[int]) -> float:
         """How close a call the token after ``ids`` is: the best logit less the second, computed by the

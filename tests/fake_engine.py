@@ -11,6 +11,7 @@ from app.engine_host import EngineHost, ModelChoice
 from engine.experts.report import ExpertReport
 from engine.metrics import GenerationMetrics
 from engine.requests import FinishReason, GenerationRequest, GenerationResult, Piece, Provenance, Round
+from engine.session import Trainable
 
 
 class FakeGeneration:
@@ -65,6 +66,7 @@ class FakeSession:
         name: str = "fake",
         methods: Sequence[str] = ("plain",),
         experts: Sequence[ExpertReport] = (),
+        trainable: Trainable | None = None,
     ) -> None:
         self.words, self.finish_reason, self.notices = tuple(words), finish_reason, tuple(notices)
         self.info = SimpleNamespace(
@@ -75,7 +77,7 @@ class FakeSession:
         self.gate = threading.Event()
         self.gate.set()
         self.closed = False
-        self._experts = list(experts)
+        self._experts, self._trainable = list(experts), trainable
 
     @property
     def requests(self) -> list[GenerationRequest]:
@@ -86,6 +88,9 @@ class FakeSession:
 
     def speculation(self) -> None:
         return None
+
+    def trainable(self) -> Trainable | None:
+        return self._trainable
 
     def experts(self) -> ExpertReport | None:
         """The reports that were given, one a call; the last one stays."""

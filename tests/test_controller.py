@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -11,6 +12,7 @@ import pytest
 from engine.decoding.calibration import Drift
 from engine.decoding.controller import DepthController, RoundRecord
 from engine.decoding.controller_file import load_controller, save_controller
+from engine.decoding.costs import RoundCosts
 
 PLAIN = 0.010
 
@@ -78,6 +80,44 @@ def test_never_much_slower_than_plain_and_faster_where_it_pays(
     chance: float, draft: float, row: float, at_least: float
 ) -> None:
     assert speedup(DepthController(), chance=chance, draft=draft, row=row) >= at_least
+
+
+def rounds_off(pace: Callable[[int], float], seed: int, rounds: int = 3000) -> float:
+    """The share of rounds in which drafting is off, where it gains a tenth, on a machine of changing pace."""
+    controller, luck, off = DepthController(), random.Random(seed), 0
+    for number in range(rounds):
+        hiccup = 3 if luck.random() < 0.03 else 1
+        seconds = PLAIN * pace(number) * luck.uniform(0.95, 1.05) * hiccup
+        plan, confidences = controller.plan(1), [luck.choice([0.3, 0.6])]
+        if plan is None:
+            controller.observe_plain(seconds)
+        else:
+            was_right, kept = luck.random() < confidences[0], int(plan.keep(confidences))
+            times = 0.15 * seconds, (1 + 0.15 * kept) * seconds
+            outcomes = ((confidences[0], was_right),)
+            controller.observe(RoundRecord(1, kept, 1 + (kept and was_right), *times, outcomes))
+        off += controller.is_off
+    return off / rounds
+
+
+@pytest.mark.parametrize("period", [40, 150])
+def test_other_programs_and_hiccups_do_not_switch_it_off(period: int) -> None:
+    """The machine is slower for a while, in which few plain steps are made: that is no reason."""
+    shares = [rounds_off(lambda number: 1.0 + 0.5 * (number // period % 2), seed) for seed in range(4)]
+    assert max(shares) < 0.2
+
+
+def test_what_is_slow_for_everything_is_the_machine() -> None:
+    costs = RoundCosts(3)
+    for pace in (1.0, 2.0, 1.0, 0.5):
+        for _ in range(20):
+            costs.note_plain(pace)
+            costs.note_round(1, 0.2 * pace, 1, False, 1.1 * pace)
+        assert costs.pace == pytest.approx(pace, rel=0.05)
+        assert costs.measured_plain == pytest.approx(pace) and costs.plain() == pytest.approx(1, rel=0.05)
+        assert costs.verify(1) == pytest.approx(1.1, rel=0.05)
+    # What was not seen since is taken to have changed alike, and is kept as it is now.
+    assert costs.export()["draft"][-1] == pytest.approx(0.1)
 
 
 def test_bad_drafts_switch_it_off_with_a_sentence() -> None:

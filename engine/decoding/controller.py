@@ -122,7 +122,7 @@ class DepthController:
     @property
     def rate(self) -> float | None:
         """Tokens per second as things stand, the better of plain and drafting; None: not measured yet."""
-        return self._rate() if self._costs.measured_plain else None
+        return self._rate() / self._costs.pace if self._costs.measured_plain else None
 
     def plan(self, limit: int, drift: Drift | None = None) -> DraftPlan | None:
         """How far this round drafts, where at most ``limit`` drafts are allowed, until the next call; None: not at all.
@@ -208,9 +208,7 @@ class DepthController:
         for probability, was_right in record.others:
             self._others.learn(probability, was_right)
         if self._forced is None:
-            # A hiccup of the machine says nothing about drafting.
-            seconds = min(record.draft_seconds + record.verify_seconds, 2 * expected)
-            self._judge(record.num_tokens, seconds)
+            self._judge(record.num_tokens, expected)
 
     def state(self) -> SpeculationState:
         """Where things stand; may be called from any thread."""
@@ -274,6 +272,11 @@ class DepthController:
         return min(_REFRESHED[(self._refreshes - 1) % len(_REFRESHED)], limit)
 
     def _judge(self, tokens: int, seconds: float) -> None:
+        """Count a round that gave so many tokens, and switch drafting off if such rounds are no better than plain steps.
+
+        Args:
+            seconds: that such a round takes, rather than what it took: a hiccup of the machine says nothing about drafting.
+        """
         self._tokens += tokens
         self._seconds += seconds
         self._judged += 1
@@ -291,14 +294,15 @@ class DepthController:
             self._tokens, self._seconds, self._judged = 0.0, 0.0, 0
 
     def _sentence(self, ratio: float) -> str:
-        share = self._next_right / self._next_seen
+        share, costs = self._next_right / self._next_seen, self._costs
+        draft, plain = (1e3 * costs.pace * seconds for seconds in (costs.draft_step(), costs.plain()))
         return (
             f"The accelerated stream is off for now: {share:.0%} of the drafts that could be right were, and a draft costs "
-            f"{1e3 * self._costs.draft_step():.1f} ms beside a plain step's {1e3 * self._costs.plain():.1f} ms, so drafting "
+            f"{draft:.1f} ms beside a plain step's {plain:.1f} ms, so drafting "
             f"ran at {ratio:.2f} times the plain speed."
         )
 
     def _rate(self) -> float:
-        """Tokens per second that time is worth now: the better of plain and drafting."""
+        """Tokens per second that time is worth, the better of plain and drafting; at the machine's usual pace."""
         plain = 1 / self._costs.plain()
         return max(plain, self._tokens / self._seconds) if self._judged >= _EARLY else plain

@@ -9,6 +9,7 @@ from typing import Any
 from engine.decoding.calibration import number
 
 _SAMPLES = 9  # timings kept of each kind; their median counts
+_KNOWN = 3  # timings of a kind from which on a further one says how fast the machine is at the moment
 _YOUNG, _STEADY = 64, 8  # from that round on costs are added up anew every so many rounds only
 _ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
 # Rounds for which a time says something about others than its own kind: a text grows, and all passes take longer.
@@ -18,7 +19,12 @@ _RECENT = 128
 class RoundCosts:
     """Seconds of plain steps, draft steps and verifications, and guesses at those that were not seen yet.
 
+    A machine is slower at times, for others share it, and all passes take longer as a text grows. What was measured at such a
+    time and what was not would not compare: while drafts are made there are few plain steps. So each time is taken beside the
+    pace of the moment, which all kinds tell of, and costs are those at the usual pace.
+
     Attributes:
+        pace: what passes take at the moment, beside what is usual.
         max_drafts: as many as are ever made; drafts from elsewhere may be more.
         edition: changes whenever costs may have.
     """
@@ -30,6 +36,8 @@ class RoundCosts:
         self._noted: dict[str, int] = {}  # in which round last
         self._costs: dict[tuple[int, bool], float] = {}  # of verifications, until they are added up anew
         self._plain: float | None = None  # likewise
+        self._paces: deque[float] = deque(maxlen=_SAMPLES)  # that the latest times tell of
+        self.pace = 1.0
         self._rounds = self.edition = 0
 
     def next_round(self) -> None:
@@ -49,25 +57,27 @@ class RoundCosts:
 
     @property
     def measured_plain(self) -> float | None:
-        """A plain step, the median of the latest; None: not measured yet."""
-        return self._medians.get("plain")
+        """A plain step at the pace of the moment, by the median of the latest; None: not measured yet."""
+        plain = self._medians.get("plain")
+        return None if plain is None else plain * self.pace
 
     @property
     def measured_draft(self) -> float | None:
         """A draft step, likewise."""
-        return self._medians.get("draft")
+        draft = self._medians.get("draft")
+        return None if draft is None else draft * self.pace
 
     def plain(self) -> float:
         """A plain step. There are few of them, and all may have fallen into a busy moment: passes of more rows bound it."""
         if self._plain is None:
-            plain = self.measured_plain
+            plain = self._medians.get("plain")
             more = [self._recent(f"verify {drafts}") for drafts in range(1, self.max_drafts + 1)]
             self._plain = min([plain, *(time for time in more if time)]) if plain else 1.0
         return self._plain
 
     def draft_step(self) -> float:
         """A draft step, measured or guessed."""
-        return self.measured_draft or 0.2 * self.plain()
+        return self._medians.get("draft") or 0.2 * self.plain()
 
     def verify(self, drafts: int, dropped: bool = False) -> float:
         """To verify ``drafts``, measured or guessed; ``dropped``: one more was drafted, so the last row is already under way
@@ -78,8 +88,8 @@ class RoundCosts:
         return cost
 
     def export(self) -> dict[str, list[float]]:
-        """All times, as JSON."""
-        return {name: list(times) for name, times in self._times.items()}
+        """All times at the pace of the moment, as JSON."""
+        return {kind: [time * self.pace for time in times] for kind, times in self._times.items()}
 
     @staticmethod
     def read(state: Any) -> dict[str, float]:
@@ -95,13 +105,19 @@ class RoundCosts:
         times soon outvote these."""
         self._times = {kind: deque([time], maxlen=_SAMPLES) for kind, time in medians.items()}
         self._medians, self._noted, self._rounds = dict(medians), {}, 0
+        self._paces.clear()
+        self.pace = 1.0
         self._forget()
 
     def _note(self, kind: str, seconds: float) -> None:
         times = self._times.get(kind)
         if times is None:
             times = self._times[kind] = deque(maxlen=_SAMPLES)
-        times.append(max(seconds, 1e-9))
+        seconds = max(seconds, 1e-9)
+        if len(times) >= _KNOWN:
+            self._paces.append(seconds / self._medians[kind])
+            self.pace = sorted(self._paces)[len(self._paces) // 2]
+        times.append(seconds / self.pace)
         self._medians[kind], self._noted[kind] = sorted(times)[len(times) // 2], self._rounds
         if self._rounds < _YOUNG or self._rounds % _STEADY == 0:
             self._forget()

@@ -91,6 +91,7 @@ class ExpertTiers:
             predictor=None if prefetcher is None else prefetcher.predictor.name,
             plan="" if self.plan is None else str(self.plan),
             planned_slots=None if self.plan is None else self.plan.num_slots,
+            has_maps=prefetcher is not None and isinstance(prefetcher.predictor, RidgeGate),
         )
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ class ExpertReport:
         prefetching: whether experts are loaded ahead of time; it switches itself off where that does not pay.
         policy: the eviction policy's name.
         predictor: the predictor's name, or None.
+        has_maps: whether maps that were fitted for this model name experts ahead of time.
         plan: in one sentence, what lives where.
         planned_slots: the plan's; more than ``num_slots`` where memory has run short since.
     """
@@ -36,3 +37,4 @@ class ExpertReport:
     predictor: str | None
     plan: str
     planned_slots: int | None = None
+    has_maps: bool = False

@@ -6,10 +6,11 @@ import argparse
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import InvalidRequestError
+from engine.errors import InvalidRequestError, SlipstreamError
 from engine.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -68,10 +69,16 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
     tune.add_argument(
         "--ablation", default=None, metavar="FILE.json", help="train many settings on the same budget instead"
     )
+    tune.add_argument(
+        "--background", action="store_true",
+        help="for programs: reports as lines of JSON, low priority, stopped by the end of standard input",
+    )  # fmt: skip
 
 
 def tune_command(arguments: argparse.Namespace) -> int:
     """Tune, or go on tuning."""
+    if arguments.background:
+        return _in_background(arguments)
     from engine.residuals.tuning import tune
     from engine.residuals.tuning_store import TuningStoppedError
 
@@ -87,11 +94,8 @@ def tune_command(arguments: argparse.Namespace) -> int:
             console.say(table(ablate(request, work_dir, target, runner, console.row)))
         elif arguments.experts:
             from engine.residuals.expert_files import read_measured
-            from engine.residuals.expert_stream import ExpertStreamConfig
-            from engine.residuals.expert_tuning import tune_stream
 
-            config = ExpertStreamConfig(arguments.interval, arguments.rank, arguments.depth)
-            path = tune_stream(request, config, work_dir, console.show, cancel)
+            path = _tune_experts(arguments, request, work_dir, console.show, cancel)
             console.say(f"{read_measured(path)}\n{path}")
         else:
             path = tune(request, work_dir, console.show, cancel)
@@ -103,6 +107,47 @@ def tune_command(arguments: argparse.Namespace) -> int:
         signal.signal(signal.SIGINT, previous)
         console.end()
     return 0
+
+
+def _in_background(arguments: argparse.Namespace) -> int:
+    """The same for another program, which shows the reports to people."""
+    from engine.residuals.background import JsonLines, step_back, stop_with_input
+    from engine.residuals.expert_files import read_recall
+    from engine.residuals.tuning import tune
+    from engine.residuals.tuning_store import TuningStoppedError
+
+    lines, work_dir, cancel = JsonLines(), cache_dir() / "tuning", threading.Event()
+    step_back()
+    stop_with_input(cancel)
+    try:
+        request = _request(arguments)
+        if arguments.experts:
+            recall = read_recall(_tune_experts(arguments, request, work_dir, lines.show, cancel))
+            lines.finish(f"{recall:.0%} of the experts that the next layer wants are named ahead of time.")
+        else:
+            lines.finish(
+                f"{_agreements(tune(request, work_dir, lines.show, cancel))[0]:.0%} of first drafts are right."
+            )
+    except TuningStoppedError:
+        return INTERRUPTED
+    except SlipstreamError as error:
+        lines.fail(str(error))
+        return 1
+    return 0
+
+
+def _tune_experts(
+    arguments: argparse.Namespace,
+    request: TuneRequest,
+    work_dir: Path,
+    on_progress: Callable[[Progress], None],
+    cancel: threading.Event,
+) -> Path:
+    from engine.residuals.expert_stream import ExpertStreamConfig
+    from engine.residuals.expert_tuning import tune_stream
+
+    config = ExpertStreamConfig(arguments.interval, arguments.rank, arguments.depth)
+    return tune_stream(request, config, work_dir, on_progress, cancel)
 
 
 def _interrupt(cancel: threading.Event) -> None:
@@ -181,10 +226,16 @@ def parse_size(text: str) -> int:
 def _summary(path: Path) -> str:
     from engine.residuals.adapter_file import read_card
 
-    measured = read_card(path)["measured"]
-    agreements = measured["greedy_agreement_by_draft_position"]["held_out"]
-    shares = ", ".join(f"{value:.1%}" for value in agreements)
-    return f"Agreement by draft position: {shares}.\n{measured['note']}\n{path}"
+    shares = ", ".join(f"{value:.1%}" for value in _agreements(path))
+    return f"Agreement by draft position: {shares}.\n{read_card(path)['measured']['note']}\n{path}"
+
+
+def _agreements(path: Path) -> list[float]:
+    """An accelerator's, on held-out text, by draft position."""
+    from engine.residuals.adapter_file import read_card
+
+    found: list[float] = read_card(path)["measured"]["greedy_agreement_by_draft_position"]["held_out"]
+    return found
 
 
 class _Console:

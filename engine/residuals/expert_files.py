@@ -98,6 +98,12 @@ def read_measured(path: Path) -> str:
     return f"Recall by lookahead: {recall}.\n{measured['note']}"
 
 
+def read_recall(path: Path) -> float:
+    """Of the experts that the next layer wants, the share that the maps of a file name."""
+    measured = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["measured"]
+    return float(measured["recall_by_lookahead"]["ridge_gate 1"])
+
+
 def _files_for(decoder: Decoder) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The files of this model and their cards."""
     wanted = fingerprint(decoder)
