@@ -67,7 +67,7 @@ class Training:
         """
         command = [*self._command, "--model", source]
         if what == "experts":
-            command += ["--experts", *(["--memory", memory] if memory else [])]
+            command += ["--experts", "--maps", *(["--memory", memory] if memory else [])]
         with self._lock:
             if self._state.is_under_way:
                 return

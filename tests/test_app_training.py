@@ -105,8 +105,8 @@ def test_a_program_that_cannot_be_started_is_a_sentence():
     ("what", "memory", "expected"),
     [
         ("drafts", "6GB", ["--model", "a b"]),
-        ("experts", "", ["--model", "a b", "--experts"]),
-        ("experts", "6GB", ["--model", "a b", "--experts", "--memory", "6GB"]),
+        ("experts", "", ["--model", "a b", "--experts", "--maps"]),
+        ("experts", "6GB", ["--model", "a b", "--experts", "--maps", "--memory", "6GB"]),
     ],
 )
 def test_it_is_told_what_to_train(what: Any, memory: str, expected: list[str]):

@@ -120,6 +120,17 @@ def test_what_is_slow_for_everything_is_the_machine() -> None:
     assert costs.export()["draft"][-1] == pytest.approx(0.1)
 
 
+def test_hiccups_count_only_as_far_as_plain_steps_have_none() -> None:
+    costs = RoundCosts(3)
+    for number in range(500):
+        costs.note_plain(5.0 if number % 10 == 0 else 1.0)
+    # One step in ten counts twice: so do rounds that are held up as often.
+    rounds = [costs.without_hiccups(5.0 if number % 10 == 0 else 1.0, 1.0) for number in range(500)]
+    assert sum(rounds) / 500 == pytest.approx(1.0, rel=0.05)
+    rounds = [costs.without_hiccups(5.0 if number % 5 == 0 else 1.0, 1.0) for number in range(500)]
+    assert sum(rounds) / 500 == pytest.approx(1.2 / 1.1, rel=0.05)
+
+
 def test_bad_drafts_switch_it_off_with_a_sentence() -> None:
     controller = DepthController()
     simulate(controller, 600, chance=0.05, draft=0.4, row=0.3)

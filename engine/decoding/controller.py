@@ -208,7 +208,8 @@ class DepthController:
         for probability, was_right in record.others:
             self._others.learn(probability, was_right)
         if self._forced is None:
-            self._judge(record.num_tokens, expected)
+            seconds = record.draft_seconds + record.verify_seconds
+            self._judge(record.num_tokens, costs.without_hiccups(seconds, expected))
 
     def state(self) -> SpeculationState:
         """Where things stand; may be called from any thread."""
@@ -275,7 +276,7 @@ class DepthController:
         """Count a round that gave so many tokens, and switch drafting off if such rounds are no better than plain steps.
 
         Args:
-            seconds: that such a round takes, rather than what it took: a hiccup of the machine says nothing about drafting.
+            seconds: that it took, as :meth:`RoundCosts.without_hiccups` gives them.
         """
         self._tokens += tokens
         self._seconds += seconds

@@ -12,6 +12,10 @@ _SAMPLES = 9  # timings kept of each kind; their median counts
 _KNOWN = 3  # timings of a kind from which on a further one says how fast the machine is at the moment
 _YOUNG, _STEADY = 64, 8  # from that round on costs are added up anew every so many rounds only
 _ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
+_HICCUP, _LONGEST = (
+    0.02,
+    2.0,
+)  # how fast a mean follows; a longer time, beside what is usual, counts as this one
 # Rounds for which a time says something about others than its own kind: a text grows, and all passes take longer.
 _RECENT = 128
 
@@ -38,6 +42,7 @@ class RoundCosts:
         self._plain: float | None = None  # likewise
         self._paces: deque[float] = deque(maxlen=_SAMPLES)  # that the latest times tell of
         self.pace = 1.0
+        self._hiccups = 1.0  # how much longer than their median plain steps take on average
         self._rounds = self.edition = 0
 
     def next_round(self) -> None:
@@ -46,7 +51,17 @@ class RoundCosts:
 
     def note_plain(self, seconds: float) -> None:
         """A plain step took so long."""
+        if (usual := self.measured_plain) is not None:
+            self._hiccups += _HICCUP * (min(_LONGEST, seconds / usual) - self._hiccups)
         self._note("plain", seconds)
+
+    def without_hiccups(self, seconds: float, usual: float) -> float:
+        """What a round that took ``seconds`` says of rounds of its kind, to be compared with plain steps.
+
+        Args:
+            usual: what it takes, by the medians.
+        """
+        return min(_LONGEST * usual, seconds / self.pace) / self._hiccups
 
     def note_round(
         self, num_steps: int, draft_seconds: float, drafts: int, dropped: bool, verify_seconds: float

@@ -65,6 +65,10 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
         "--memory", default=None, metavar="6GB",
         help="with --experts: of what the process may take; a model that is larger unquantized is read from disk",
     )  # fmt: skip
+    tune.add_argument(
+        "--maps", action="store_true",
+        help="with --experts: only the maps that name them, which a chat uses, and no accelerated stream",
+    )  # fmt: skip
     tune.add_argument("--interval", type=int, default=3, help="with --experts: layers between two restarts")
     tune.add_argument(
         "--ablation", default=None, metavar="FILE.json", help="train many settings on the same budget instead"
@@ -200,6 +204,7 @@ def _request(arguments: argparse.Namespace) -> TuneRequest:
         steps=arguments.steps,
         disk_budget=parse_size(arguments.disk_budget),
         memory=parse_memory(arguments.memory) if arguments.memory else None,
+        maps_only=arguments.maps,
         device=arguments.device,
         threads=arguments.threads,
         out=Path(arguments.out) if arguments.out else None,

@@ -23,6 +23,7 @@ from engine import hub
 from engine.errors import InvalidRequestError, OutOfMemoryError
 from engine.experts.planner import plan_memory
 from engine.models.checkpoint import open_checkpoint
+from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.progress import Progress
 from engine.quantization import get_format
@@ -56,8 +57,8 @@ def tune_stream(
     cancel: threading.Event | None = None,
 ) -> Path:
     """Train the stream, or go on with it; returns its ``.safetensors`` file. On the CPU, wherever the request
-    says: nothing of it has been tried on a GPU. Of a model that does not fit into memory unquantized only the maps are
-    fitted (:mod:`engine.residuals.map_tuning`).
+    says: nothing of it has been tried on a GPU. Of a model that does not fit into memory unquantized, or where no more is
+    asked for, only the maps are fitted (:mod:`engine.residuals.map_tuning`).
 
     Raises: as :func:`engine.residuals.tuning.tune`.
     """
@@ -66,14 +67,13 @@ def tune_stream(
         raise InvalidRequestError(f"The interval must be at least 1, not {config.interval}.")
     request, runner = replace(request, device="cpu"), Runner(on_progress, cancel)
     with Store(work_dir).locked():
-        if _is_too_large(request, runner):
+        model = hub.resolve(request.source, runner.on_progress, runner.cancel)
+        if (shape := open_checkpoint(model.path).config).experts is None:
+            raise InvalidRequestError(f"{model.name} has no experts to predict; tune it without --experts.")
+        if request.maps_only or _is_too_large(shape, request.memory):
             return tune_maps(request, work_dir, runner)
         prepared = prepare(request, work_dir, runner, drafts=False)
         decoder = prepared.decoder
-        if decoder.config.experts is None:
-            raise InvalidRequestError(
-                f"{prepared.name} has no experts to predict; tune it without --experts."
-            )
         settings = (prepared.folder, config, prepared.training, request.steps)
         name = "stream-" + hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         store = Store(work_dir / name)
@@ -95,13 +95,10 @@ def tune_stream(
     return path
 
 
-def _is_too_large(request: TuneRequest, runner: Runner) -> bool:
+def _is_too_large(config: ModelConfig, memory: int | None) -> bool:
     """Whether the model's weights do not fit into memory as training takes them."""
-    config = open_checkpoint(hub.resolve(request.source, runner.on_progress, runner.cancel).path).config
-    if config.experts is None:
-        return False
     try:
-        return not plan_memory(config, get_format("fp32"), request.memory).resident
+        return not plan_memory(config, get_format("fp32"), memory).resident
     except OutOfMemoryError:
         return True
 

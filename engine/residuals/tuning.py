@@ -63,6 +63,7 @@ class TuneRequest:
         disk_budget: bytes for the final states; what they do not hold is computed again at each step. Of router maps: for
             all states.
         memory: bytes that the process may take with a mixture-of-experts model; None: what is free.
+        maps_only: of such a model, only the maps that name its experts: what a chat uses.
         out: the adapter's ``.safetensors``; None: among those that the chat looks for.
     """
 
@@ -75,6 +76,7 @@ class TuneRequest:
     steps: int = 1000
     disk_budget: int = 2 << 30
     memory: int | None = None
+    maps_only: bool = False
     device: str = "auto"
     threads: int | None = None
     out: Path | None = None
