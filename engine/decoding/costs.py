@@ -12,10 +12,8 @@ _SAMPLES = 9  # timings kept of each kind; their median counts
 _KNOWN = 3  # timings of a kind from which on a further one says how fast the machine is at the moment
 _YOUNG, _STEADY = 64, 8  # from that round on costs are added up anew every so many rounds only
 _ROW_SHARE = 0.12  # first guess: an extra row costs this share of a plain step
-_HICCUP, _LONGEST = (
-    0.02,
-    2.0,
-)  # how fast a mean follows; a longer time, beside what is usual, counts as this one
+_LONGEST = 2.0  # times what is usual: a longer time counts as this one
+_FOLLOWS = 0.02  # of a mean, per time
 # Rounds for which a time says something about others than its own kind: a text grows, and all passes take longer.
 _RECENT = 128
 
@@ -52,7 +50,7 @@ class RoundCosts:
     def note_plain(self, seconds: float) -> None:
         """A plain step took so long."""
         if (usual := self.measured_plain) is not None:
-            self._hiccups += _HICCUP * (min(_LONGEST, seconds / usual) - self._hiccups)
+            self._hiccups += _FOLLOWS * (min(_LONGEST, seconds / usual) - self._hiccups)
         self._note("plain", seconds)
 
     def without_hiccups(self, seconds: float, usual: float) -> float:
