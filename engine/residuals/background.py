@@ -43,8 +43,11 @@ def step_back() -> None:
     """Have this process run when others do not want to."""
     import psutil
 
-    lower = psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else _NICENESS
-    psutil.Process().nice(lower)
+    process = psutil.Process()
+    if sys.platform == "win32":
+        process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS)
+    else:  # whoever began lower still may not rise
+        process.nice(max(_NICENESS, process.nice()))
 
 
 def stop_with_input(cancel: threading.Event) -> None:
