@@ -87,9 +87,10 @@ class Team:
                     meanwhile()
             finally:
                 self._program.work(self.address, 0, 0)
-            self._worked += perf_counter() - started
-            if crowding is not None and self._worked >= WINDOW:
-                self._tell(crowding)
+            if crowding is not None:
+                self._worked += perf_counter() - started
+                if self._worked >= WINDOW:
+                    self._tell(crowding)
 
     def copy_slot(self, layers: int, source: int, target: int) -> None:
         """Have the caches of the first ``layers`` layers hold in slot ``target`` what they hold in ``source``."""
