@@ -10,8 +10,9 @@ import torch
 
 from engine.backend import DecoderBackend
 from engine.decoding.base import TokenSequence
-from engine.decoding.context import LENGTHS, ContextDrafter, ContextIndex, Match
+from engine.decoding.context import LENGTHS, MAX_DRAFTS, ContextDrafter, ContextIndex, Match
 from engine.decoding.controller import DepthController
+from engine.decoding.costs import RoundCosts
 from engine.decoding.lookup import Lookup
 from engine.decoding.m2r2 import M2R2
 from engine.decoding.sampling import Sampler
@@ -40,7 +41,9 @@ def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decoder]:
 class Wrong(ContextDrafter):
     """Verifies tokens that are never right."""
 
-    def choose(self, match: Match, limit: int, rate: float | None = None) -> tuple[int, ...]:
+    def choose(
+        self, match: Match, limit: int, costs: RoundCosts, rate: float | None = None
+    ) -> tuple[int, ...]:
         return (286,) * min(limit, 4)
 
 
@@ -99,25 +102,26 @@ def _search(ids: list[int], limit: int) -> Match:
 
 
 def test_it_learns_which_matches_are_worth_it() -> None:
-    drafter, match = ContextDrafter(), Match(3, (1, 2, 3, 4))
-    drafter.note(1, 1.0)
-    assert drafter.choose(match, 4)
+    drafter, match, costs = ContextDrafter(), Match(3, (1, 2, 3, 4)), RoundCosts(MAX_DRAFTS)
+    costs.note_plain(1.0)
+    assert drafter.choose(match, 4, costs)
     for _ in range(40):
         drafter.observe(match, 2, 0)
-    assert drafter.choose(match, 4) == ()
-    assert drafter.choose(Match(5, (1, 2)), 4)  # of longer ones nothing bad is known
+    assert drafter.choose(match, 4, costs) == ()
+    assert drafter.choose(Match(5, (1, 2)), 4, costs)  # of longer ones nothing bad is known
     for _ in range(60):
         drafter.observe(match, 4, 4)
-    assert drafter.choose(match, 4) == (1, 2, 3, 4)
-    assert drafter.choose(match, 2) == (1, 2)
-    assert drafter.choose(match, 4, rate=1000.0) == ()
+    assert drafter.choose(match, 4, costs) == (1, 2, 3, 4)
+    assert drafter.choose(match, 2, costs) == (1, 2)
+    assert drafter.choose(match, 4, costs, rate=1000.0) == ()
 
 
 def test_rows_that_cost_much_are_not_added() -> None:
-    drafter, match = ContextDrafter(), Match(5, (1, 2, 3, 4, 5))
-    for rows, seconds in ((1, 1.0), (2, 1.1), (3, 1.2), (4, 3.0)):
-        drafter.note(rows, seconds)
-    assert drafter.choose(match, 5) == (1, 2)
+    drafter, match, costs = ContextDrafter(), Match(5, (1, 2, 3, 4, 5)), RoundCosts(MAX_DRAFTS)
+    costs.note_plain(1.0)
+    for drafts, seconds in ((1, 1.1), (2, 1.2), (3, 3.0)):
+        costs.note_verification(drafts, seconds)
+    assert drafter.choose(match, 5, costs) == (1, 2)
 
 
 def test_every_model_has_it_and_those_with_an_accelerator_both(decoders: dict[str, Decoder]) -> None:

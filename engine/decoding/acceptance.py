@@ -103,7 +103,7 @@ def verify_chain(
     """
     cache, ids = sequence.cache, sequence.ids
     start = cache.length
-    hidden, logits = stepper.forward([ids[-1], *drafts], cache)
+    hidden, logits = stepper.forward([ids[-1], *drafts], cache, weigh_at=sequence.sampler.weighs_at)
     accepted = accept(logits, drafts, ids, sequence.sampler)
     cache.length = start + accepted.num_drafts + 1
     step = round_step(ids[start + 1 :], len(drafts), accepted, 0.0, perf_counter() - started)

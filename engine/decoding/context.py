@@ -2,23 +2,21 @@
 
 After prompt lookup decoding (A. Saxena, 2023); the lengths of matches and how many tokens are taken are our choice.
 Such a draft costs nothing but the rows that it adds to the verification. How many pay is weighed as in
-:mod:`engine.decoding.controller`: by how often matches of that length were right, and by what so many rows take here.
+:mod:`engine.decoding.controller`: by how often matches of that length were right, and by what passes take here.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+
+from engine.decoding.costs import RoundCosts
 
 LENGTHS = (2, 3, 4, 5)  # of matches, in tokens
 MAX_DRAFTS = 11
 _LONGEST = LENGTHS[-1] + 3  # a match that drafts have made longer counts as one of this length at most
 _PRIOR_RIGHT, _PRIOR_SEEN = 1.5, 2.5
 _FADE = 0.998  # per observation: old luck counts less
-_SAMPLES = 9  # timings kept of each number of rows; their median counts
-_ROW_SHARE = 0.1  # first guess: a row more costs this share of a plain step
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,9 @@ class Match:
 
     length: int = 0
     tokens: tuple[int, ...] = ()
+
+
+NO_MATCH = Match()
 
 
 class ContextIndex:
@@ -51,7 +52,7 @@ class ContextIndex:
             earlier = self._ends.get(latest[-length:])
             if earlier is not None:
                 return Match(length, tuple(ids[earlier : earlier + limit]))
-        return Match()
+        return NO_MATCH
 
 
 class ContextDrafter:
@@ -65,44 +66,48 @@ class ContextDrafter:
         self._fixed = fixed
         self._right = [_PRIOR_RIGHT] * (_LONGEST + 1)
         self._seen = [_PRIOR_SEEN] * (_LONGEST + 1)
-        self._times: dict[int, deque[float]] = {}  # by number of rows
-        self._medians: dict[int, float] = {}  # of those: a round asks for them dozens of times
 
-    def choose(self, match: Match, limit: int, rate: float | None = None) -> tuple[int, ...]:
+    def choose(
+        self, match: Match, limit: int, costs: RoundCosts, rate: float | None = None
+    ) -> tuple[int, ...]:
         """The tokens of ``match`` to verify, at most ``limit``.
 
         Args:
-            rate: tokens per second that there are without them; None: those of plain decoding.
+            costs: of passes.
+            rate: tokens per second that there are without them, at the usual pace; None: those of plain decoding.
         """
         count = min(len(match.tokens), limit, MAX_DRAFTS)
         if self._fixed is not None:
             return match.tokens[: min(count, self._fixed)]
-        best, best_rate = 0, rate or 1 / self._seconds(1)
+        best, best_rate = 0, rate or 1 / costs.plain()
         chance = tokens = 1.0
         for drafts in range(1, count + 1):
             chance *= self._luck(match, drafts - 1)
             tokens += chance
-            if tokens / self._seconds(drafts + 1) > best_rate:
-                best, best_rate = drafts, tokens / self._seconds(drafts + 1)
+            if tokens / costs.verify(drafts) > best_rate:
+                best, best_rate = drafts, tokens / costs.verify(drafts)
         return match.tokens[:best]
 
-    def extend(self, match: Match, limit: int, num_rows: int, chance: float, rate: float) -> tuple[int, ...]:
+    def extend(
+        self, match: Match, limit: int, num_drafts: int, chance: float, costs: RoundCosts, rate: float
+    ) -> tuple[int, ...]:
         """The tokens of ``match`` to verify behind other drafts: each is taken if the chance that all up to it are
         right is worth the row that it adds.
 
         Args:
-            num_rows: of the verification without them.
-            chance: that all other drafts are right.
-            rate: tokens per second that time is worth.
+            num_drafts: that are verified without them.
+            chance: that all of those are right.
+            costs: of passes.
+            rate: tokens per second that time is worth, at the usual pace.
         """
-        count = min(len(match.tokens), limit, MAX_DRAFTS + 1 - num_rows)
+        count = min(len(match.tokens), limit, MAX_DRAFTS - num_drafts)
         if self._fixed is not None:
             return match.tokens[: max(0, min(count, self._fixed))]
-        for drafts in range(count):
-            chance *= self._luck(match, drafts)
-            rows = num_rows + drafts
-            if chance <= rate * (self._seconds(rows + 1) - self._seconds(rows)):
-                return match.tokens[:drafts]
+        for more in range(count):
+            chance *= self._luck(match, more)
+            drafts = num_drafts + more
+            if chance <= rate * (costs.verify(drafts + 1) - costs.verify(drafts)):
+                return match.tokens[:more]
         return match.tokens[: max(0, count)]
 
     def observe(self, match: Match, num_drafts: int, num_accepted: int) -> None:
@@ -112,32 +117,10 @@ class ContextDrafter:
             self._right[length] = self._right[length] * _FADE + (position < num_accepted)
             self._seen[length] = self._seen[length] * _FADE + 1
 
-    def note(self, num_rows: int, seconds: float) -> None:
-        """A pass of so many rows through all layers took so long."""
-        times = self._times.setdefault(num_rows, deque(maxlen=_SAMPLES))
-        times.append(max(seconds, 1e-9))
-        self._medians[num_rows] = median(times)
-
-    @property
-    def plain_seconds(self) -> float | None:
-        """A plain step, as measured; None: not yet."""
-        return self._medians.get(1)
-
     def _luck(self, match: Match, position: int) -> float:
         """The chance that a token is right if those before it are."""
         length = _class(match, position)
         return self._right[length] / self._seen[length]
-
-    def _seconds(self, num_rows: int) -> float:
-        """What a pass of so many rows takes, measured or guessed."""
-        # Fewer rows never take longer: a time that says so is a hiccup of the machine.
-        known = [seconds for rows, seconds in self._medians.items() if rows >= num_rows]
-        if num_rows in self._medians:
-            return min(known)
-        plain = self._medians.get(1, 1.0)
-        if num_rows == 1:
-            return plain
-        return min([self._seconds(num_rows - 1) + _ROW_SHARE * plain, *known])
 
 
 def _class(match: Match, position: int) -> int:

@@ -94,6 +94,9 @@ class DepthController:
         max_drafts: never draft more.
         fixed: always draft this many (0: never), whatever it costs: for tests and measurements.
         fixed_alternatives: then verify this many other tokens, if so many are offered.
+
+    Attributes:
+        costs: of passes, as measured; who verifies drafts from elsewhere adds to them.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class DepthController:
     ) -> None:
         self.max_drafts = min(max_drafts, MOST_DRAFTS)
         self._fixed, self._fixed_alternatives = fixed, fixed_alternatives
-        self._costs, self._plan = RoundCosts(self.max_drafts), DraftPlan()
+        self.costs, self._plan = RoundCosts(self.max_drafts), DraftPlan()
         self._others = Calibration(_HIGHEST_OTHER)
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
         self._drift = Drift()
@@ -121,8 +124,8 @@ class DepthController:
 
     @property
     def rate(self) -> float | None:
-        """Tokens per second as things stand, the better of plain and drafting; None: not measured yet."""
-        return self._rate() / self._costs.pace if self._costs.measured_plain else None
+        """Tokens per second that time is worth, at the machine's usual pace; None: not measured yet."""
+        return self._rate() if self.costs.measured_plain else None
 
     def plan(self, limit: int, drift: Drift | None = None) -> DraftPlan | None:
         """How far this round drafts, where at most ``limit`` drafts are allowed, until the next call; None: not at all.
@@ -138,9 +141,7 @@ class DepthController:
         plan, factor = self._plan, self._drift.factor
         plan.factor = factor
         if self._forced is None:
-            plan.weigh(
-                limit, self._costs, self._rate(), min(1.0, factor * self._next_right / self._next_seen)
-            )
+            plan.weigh(limit, self.costs, self._rate(), min(1.0, factor * self._next_right / self._next_seen))
         else:
             plan.force(min(self._forced, limit), 0.0 if self._fixed_alternatives else 1.0)
         return plan
@@ -173,8 +174,8 @@ class DepthController:
             return tuple(each for _, each in found[: self._fixed_alternatives])
         rate, dropped = self._rate(), len(confidences) > num_drafts
         for count, (chance, _) in enumerate(found):
-            cost = self._costs.verify(num_drafts + count + 1)
-            cost -= self._costs.verify(num_drafts + count, dropped and count == 0)
+            cost = self.costs.verify(num_drafts + count + 1)
+            cost -= self.costs.verify(num_drafts + count, dropped and count == 0)
             if chance <= _ALTERNATIVE * rate * cost:
                 return tuple(each for _, each in found[:count])
         return tuple(each for _, each in found)
@@ -182,18 +183,18 @@ class DepthController:
     def observe_plain(self, seconds: float) -> None:
         """Learn from a finished round without drafts, whose passes took so long."""
         self._rounds += 1
-        self._costs.next_round()
-        known = self._costs.measured_plain or seconds
+        self.costs.next_round()
+        known = self.costs.measured_plain or seconds
         if not 1 / _SURPRISE < seconds / known < _SURPRISE:
             self._next_refresh, self._refreshes = min(self._next_refresh, self._rounds + _SOON), 0
-        self._costs.note_plain(seconds)
+        self.costs.note_plain(seconds)
         if self._paused:
             self._paused -= 1
 
     def observe(self, record: RoundRecord) -> None:
         """Learn from a finished round that drafted."""
         self._rounds += 1
-        costs, luck = self._costs, self._plan.luck
+        costs, luck = self.costs, self._plan.luck
         costs.next_round()
         dropped = record.num_steps > record.num_drafts
         expected = record.num_steps * costs.draft_step() + costs.verify(record.num_drafts, dropped)
@@ -213,18 +214,18 @@ class DepthController:
 
     def state(self) -> SpeculationState:
         """Where things stand; may be called from any thread."""
-        drafts = self._costs.measured_draft
+        drafts = self.costs.measured_draft
         acceptance = self._next_right / self._next_seen if drafts else None
         is_off = self.is_off
         return SpeculationState(
-            self._costs.measured_plain, drafts, acceptance, is_off, self.reason if is_off else None
+            self.costs.measured_plain, drafts, acceptance, is_off, self.reason if is_off else None
         )
 
     def export(self) -> dict[str, Any]:
         """Everything learnt, as JSON; the caller keeps it per model and machine."""
         return {
             "version": 2,
-            "times": self._costs.export(),
+            "times": self.costs.export(),
             "luck": self._plan.luck.export(),
             "others": self._others.export(),
             "next": [self._next_right, self._next_seen],
@@ -252,7 +253,7 @@ class DepthController:
                 return False
         except (KeyError, TypeError, ValueError, AttributeError):
             return False
-        self._costs.restore(times)
+        self.costs.restore(times)
         self._plan.luck.restore(state["luck"])
         self._others = others
         self._next_right, self._next_seen = next_right, next_seen
@@ -281,7 +282,7 @@ class DepthController:
         self._tokens += tokens
         self._seconds += seconds
         self._judged += 1
-        plain = self._costs.plain()
+        plain = self.costs.plain()
         ratio = self._tokens / self._seconds * plain
         clear = (
             _CLEAR_LOSS if self._pause == _PAUSE else _LOSS
@@ -295,7 +296,7 @@ class DepthController:
             self._tokens, self._seconds, self._judged = 0.0, 0.0, 0
 
     def _sentence(self, ratio: float) -> str:
-        share, costs = self._next_right / self._next_seen, self._costs
+        share, costs = self._next_right / self._next_seen, self.costs
         draft, plain = (1e3 * costs.pace * seconds for seconds in (costs.draft_step(), costs.plain()))
         return (
             f"The accelerated stream is off for now: {share:.0%} of the drafts that could be right were, and a draft costs "
@@ -305,5 +306,5 @@ class DepthController:
 
     def _rate(self) -> float:
         """Tokens per second that time is worth, the better of plain and drafting; at the machine's usual pace."""
-        plain = 1 / self._costs.plain()
+        plain = 1 / self.costs.plain()
         return max(plain, self._tokens / self._seconds) if self._judged >= _EARLY else plain

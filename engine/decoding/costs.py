@@ -61,6 +61,10 @@ class RoundCosts:
         """
         return min(_LONGEST * usual, seconds / self.pace) / self._hiccups
 
+    def note_verification(self, drafts: int, seconds: float) -> None:
+        """To verify ``drafts`` took so long."""
+        self._note(f"verify {drafts}", seconds)
+
     def note_round(
         self, num_steps: int, draft_seconds: float, drafts: int, dropped: bool, verify_seconds: float
     ) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from engine.decoding.acceptance import accept, round_step, verify_chain
 from engine.decoding.base import Step, TokenSequence
 from engine.decoding.calibration import Drift
-from engine.decoding.context import ContextDrafter, ContextIndex, Match
+from engine.decoding.context import NO_MATCH, ContextDrafter, ContextIndex, Match
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
 from engine.requests import Provenance
 from engine.residuals.drafter import Drafted, Drafter
@@ -73,7 +73,7 @@ class M2R2Decoding:
         sequence = self._sequence
         cache, ids = sequence.cache, sequence.ids
         self._row, first = 0, self._states is None
-        self._states, logits = self._stepper.forward(ids[-1:], cache)
+        self._states, logits = self._stepper.forward(ids[-1:], cache, weigh_at=sequence.sampler.weighs_at)
         cache.length += 1
         token = sequence.sampler.choose(logits, ids, 0)
         ids.append(token)
@@ -82,8 +82,6 @@ class M2R2Decoding:
         # among the plain steps, it would make drafting look better than it is.
         if not first:
             self._controller.observe_plain(seconds)
-            if self._context is not None:
-                self._context.note(1, seconds)
         return Step((token,), (Provenance.VERIFIED,), verify_seconds=seconds)
 
     def _verify(self, drafted: Drafted, limit: int, started: float) -> Step:
@@ -92,7 +90,7 @@ class M2R2Decoding:
         cache, ids = sequence.cache, sequence.ids
         start, drafts, confidences = cache.length, drafted.tokens, drafted.confidences
         half_time = perf_counter()
-        match, own = Match(), len(drafts)  # of the stream
+        match, own = NO_MATCH, len(drafts)  # of the stream
         if own and own == len(confidences):  # the last draft was kept
             match, more = self._more_from_context(drafts, confidences, limit - own)
             drafts += more
@@ -102,7 +100,9 @@ class M2R2Decoding:
 
         unfed = [ids[-1], *drafts, *(each.token for each in others)][len(drafted.slow) :]
         instead_of = [each.place + 1 for each in others]
-        self._states, logits = stepper.forward(unfed, cache, drafted.slow, self._drafter.depth, instead_of)
+        self._states, logits = stepper.forward(
+            unfed, cache, drafted.slow, self._drafter.depth, instead_of, sequence.sampler.weighs_at
+        )
         accepted = accept(logits, drafts, ids, sequence.sampler, others)
         if accepted.alternative:
             stepper.copy_slot(cache, start + accepted.row, start + accepted.num_drafts)
@@ -111,7 +111,7 @@ class M2R2Decoding:
 
         times = half_time - started, perf_counter() - half_time
         self._controller.observe(_record(drafted, ids[start + 1 :], num_drafts + len(others), *times))
-        if self._context is not None:
+        if self._context is not None and num_drafts > own:
             self._context.observe(match, num_drafts - own, accepted.num_in_chain - own)
         return round_step(ids[start + 1 :], num_drafts + len(others), accepted, *times)
 
@@ -121,16 +121,21 @@ class M2R2Decoding:
         """What the context says behind the stream's drafts."""
         controller, context = self._controller, self._context
         if context is None or controller.rate is None:
-            return Match(), ()
+            return NO_MATCH, ()
         match = self._index.find(limit, drafts)
-        chance = self._plan.chance(confidences)
-        return match, context.extend(match, limit, len(drafts) + 1, chance, controller.rate)
+        if not match.tokens:
+            return NO_MATCH, ()
+        chance, rate = self._plan.chance(confidences), controller.rate
+        return match, context.extend(match, limit, len(drafts), chance, controller.costs, rate)
 
     def _from_context(self, max_tokens: int, started: float, context: ContextDrafter) -> Step | None:
         """A round with drafts from the context, if there are any worth verifying."""
         limit = min(max_tokens, self._stepper.max_rows) - 1
         match = self._index.find(limit)
-        drafts = context.choose(match, limit, self._controller.rate)
+        if not match.tokens:
+            return None
+        costs = self._controller.costs
+        drafts = context.choose(match, limit, costs, self._controller.rate)
         if not drafts:
             return None
         is_first = self._states is None
@@ -138,7 +143,8 @@ class M2R2Decoding:
         self._row = accepted
         context.observe(match, len(drafts), accepted)
         if not is_first:
-            context.note(len(drafts) + 1, step.verify_seconds)
+            costs.next_round()
+            costs.note_verification(len(drafts), step.verify_seconds)
         return step
 
     def _draft(self, limit: int) -> Drafted | None:

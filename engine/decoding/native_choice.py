@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.logit_notes import LogitNotes, notes_of, sharpness_of
 from engine.decoding.native_memory import address, numbers
 from engine.decoding.ranking import Candidates, Floats, Ranked, Tokens
 from engine.decoding.seen import SeenTokens
@@ -27,7 +28,12 @@ _LOGIT_BYTES = 4
 
 
 class NativeChoice:
-    """A task of :mod:`engine.kernels.choices`."""
+    """A task of :mod:`engine.kernels.choices`.
+
+    Attributes:
+        size: of the logits that it took last.
+        weighs_at: the temperature at which a pass should weigh blocks of logits for it; 0: that is not asked for.
+    """
 
     def __init__(self, params: SamplingParams, key: int, code: Choices) -> None:
         self._code = code
@@ -35,19 +41,21 @@ class NativeChoice:
         self._words, self._floats = numbers(self._task.view(np.uint64)), numbers(self._task.view(np.float64))
         self._address = address(self._task)
         scratch, drafted = np.empty(2 * fields.MOST_ALONE, np.int64), np.zeros(_MOST_DRAFTED, np.int64)
-        self._kept = np.empty(0, np.float32)
         self._alive, self._drafted = (scratch, drafted), numbers(drafted)
         self._words[fields.SCRATCH], self._words[fields.DRAFTED] = address(scratch), address(drafted)
         self._words[fields.TOP_K], self._words[fields.KEY] = int(params.top_k), key
-        self._ranks_all = params.repetition_penalty >= 1  # below, an unlikely draft may become a likely one
+        self._lowers = params.repetition_penalty >= 1  # else an unlikely token may become a likely one
+        self.weighs_at = params.temperature if params.top_p < 1 and params.top_k == 0 else 0.0
         floats = self._floats
         floats[fields.TEMPERATURE], floats[fields.PENALTY] = params.temperature, params.repetition_penalty
         floats[fields.TOP_P], floats[fields.MIN_P] = params.top_p, params.min_p
+        floats[fields.SHARPNESS] = sharpness_of(params.temperature)
         self._logits: Tensor | None = None
         self._tokens: Tokens | None = None
         self._weights: Floats | None = None
         self._reads = False
-        self._first = self._size = 0
+        self._first = self.size = 0
+        self._notes = self._own_notes = LogitNotes(1, 0)
 
     def takes(self, logits: Tensor) -> bool:
         """Whether logits ``[V]`` or ``[T, V]`` are of the kind that the code reads; :meth:`choose` then does."""
@@ -56,8 +64,11 @@ class NativeChoice:
             self._reads = (
                 logits.dtype == torch.float32 and logits.device.type == "cpu" and logits.is_contiguous()
             )
-            self._first, self._size = logits.data_ptr(), logits.shape[-1]
-        return self._reads
+            if logits.shape[-1] != self.size:
+                self._own_notes = LogitNotes(1, logits.shape[-1])
+            self._first, self.size = logits.data_ptr(), logits.shape[-1]
+            self._notes = notes_of(logits) or self._own_notes
+        return self._reads and self._lowers
 
     def choose(self, row: int, position: int, seen: SeenTokens | None) -> int | None:
         """The next token for that row of the logits; None: it cannot be told so.
@@ -66,15 +77,18 @@ class NativeChoice:
             position: of that token.
             seen: the text so far, for the repetition penalty; None: there is no penalty.
         """
-        words, size = self._words, self._size
+        words, size = self._words, self.size
         words[fields.SIZE], words[fields.POSITION] = size, position
         words[fields.LOGITS] = self._first + row * size * _LOGIT_BYTES
+        notes = self._notes
+        if notes is not self._own_notes and self.weighs_at in (0, notes.temperature):
+            words[fields.NOTES], words[fields.ARE_NOTED] = notes.first + row * notes.step, 1
+        else:
+            words[fields.NOTES], words[fields.ARE_NOTED] = self._own_notes.first, 0
         words[fields.NUM_SEEN] = 0
         if seen is not None:
-            if seen.count > len(self._kept):
-                self._kept = np.empty(2 * seen.count, np.float32)
-                words[fields.KEPT] = address(self._kept)
             words[fields.SEEN], words[fields.NUM_SEEN] = seen.tokens_address, seen.count
+            words[fields.MASK] = seen.mask_address
         self._code.choose(self._address)
         token = words[fields.TOKEN]
         return token if token < fields.NO_TOKEN else None
@@ -105,7 +119,7 @@ class NativeChoice:
         self, tokens: Tokens, weights: Floats, position: int, seen: SeenTokens | None
     ) -> int | None:
         """The address of a task with which native code does as :meth:`rank`, from draft to draft; None: it could not tell."""
-        if not self._ranks_all:
+        if not self._lowers:
             return None
         self._take(tokens, weights, position, seen)
         return self._address

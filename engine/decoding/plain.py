@@ -25,7 +25,7 @@ class PlainDecoding:
         started = perf_counter()
         sequence, stepper = self._sequence, self._stepper
         cache, ids = sequence.cache, sequence.ids
-        _, logits = stepper.forward(ids[-1:], cache)
+        _, logits = stepper.forward(ids[-1:], cache, weigh_at=sequence.sampler.weighs_at)
         cache.length += 1
         token = sequence.sampler.choose(logits, ids, 0)
         ids.append(token)

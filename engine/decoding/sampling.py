@@ -64,9 +64,10 @@ class Sampler:
         Raises:
             SlipstreamError: the logits are not finite.
         """
-        if self._native is not None and self._native.takes(logits):
-            seen = self._seen_in(history, logits.shape[-1]) if self._penalizes else None
-            if (token := self._native.choose(row or 0, len(history), seen)) is not None:
+        native = self._native
+        if native is not None and native.takes(logits):
+            seen = self._seen_in(history, native.size) if self._penalizes else None
+            if (token := native.choose(row or 0, len(history), seen)) is not None:
                 return token
         scores = self._scores(logits if row is None else logits[row], history)
         if self.greedy:
@@ -165,6 +166,11 @@ class Sampler:
             bits *= np.uint64(factor)
         bits ^= bits >> np.uint64(31)
         return -np.log(((bits >> np.uint64(12)) + 0.5) * 2.0**-52)
+
+    @property
+    def weighs_at(self) -> float:
+        """The temperature at which whoever computes logits should weigh them in passing; 0: it need not."""
+        return 0.0 if self._native is None else self._native.weighs_at
 
     @property
     def _filters(self) -> bool:

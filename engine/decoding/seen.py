@@ -39,6 +39,13 @@ class SeenTokens:
         """Catch up with ``history``; the mask then has ``size`` tokens at least. A sequence that it was given before may only
         have grown since; with another it starts over."""
         length = self._length
+        if history is self._history and len(history) == length + 1 and history[length - 1] == self._last:
+            token = history[length]  # as it is from step to step
+            if token < len(self._is_in) >= size:
+                self._length, self._last = length + 1, token
+                if not self._is_in[token]:
+                    self._add(token)
+                return
         if (
             history is not self._history
             or len(history) < length
@@ -51,13 +58,16 @@ class SeenTokens:
             self._take_mask(np.append(self.mask, np.zeros(size - len(self.mask), np.bool_)))
         for token in fresh:
             if not self._is_in[token]:
-                self._is_in[token] = True
-                if self.count == len(self._tokens):
-                    self._take_tokens(np.append(self._tokens, np.empty_like(self._tokens)))
-                self._places[self.count] = token
-                self.count += 1
+                self._add(token)
             self._last = token
         self._length = len(history)
+
+    def _add(self, token: int) -> None:
+        self._is_in[token] = True
+        if self.count == len(self._tokens):
+            self._take_tokens(np.append(self._tokens, np.empty_like(self._tokens)))
+        self._places[self.count] = token
+        self.count += 1
 
     def _take_tokens(self, tokens: Tokens) -> None:
         self._tokens, self._places, self.tokens_address = tokens, tokens.data, address(tokens)

@@ -23,12 +23,14 @@ STEP, MIX = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111
     POSITION,  # of the next token
     # Of a choice:
     LOGITS,  # address of float32 [SIZE]
+    NOTES,  # address of what is noted of their blocks (:mod:`engine.kernels.block_notes`), or of room for it
+    ARE_NOTED,  # 0: that has to be done first
+    SHARPNESS,  # F, what logits are multiplied by before they are weighed
     TOP_K,  # 0: off
     TOP_P,  # F
     MIN_P,  # F
     SEEN,  # address of the different tokens so far, int64 [NUM_SEEN]
     NUM_SEEN,
-    KEPT,  # address of as many float32, for their logits meanwhile
     TOKEN,  # the choice; -1: it cannot be told so
     # Of a ranking:
     WEIGHTS,  # address of float32 [SIZE], the largest 1
@@ -41,7 +43,7 @@ STEP, MIX = 0x9E3779B97F4A7C15, ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111
     LEAST,  # F, the chance from which on others than the first are asked for
     NUM_RANKED,  # 0: it cannot be told so
     RANKED,  # the tokens, MOST_RANKED of them
-) = range(23)
+) = range(25)
 CHANCES = RANKED + MOST_RANKED  # F, as many
 SCRATCH = CHANCES + MOST_RANKED  # address of int64 [2 * MOST_ALONE]
 NUM_FIELDS = SCRATCH + 1

@@ -8,13 +8,14 @@ import math
 
 import numpy as np
 
+from engine.kernels.block_notes import note_row, padded
 from engine.kernels.choice_fields import (
     ALONE,
+    ARE_NOTED,
     BEST,
     CHANCES,
     DRAFTED,
     FEWER,
-    KEPT,
     KEY,
     LEAST,
     LIKELY,
@@ -25,6 +26,7 @@ from engine.kernels.choice_fields import (
     MOST_LIKELY,
     MOST_RANKED,
     NEGLIGIBLE,
+    NOTES,
     NUM_DRAFTED,
     NUM_RANKED,
     NUM_SEEN,
@@ -33,6 +35,7 @@ from engine.kernels.choice_fields import (
     RANKED,
     SCRATCH,
     SEEN,
+    SHARPNESS,
     SIZE,
     TEMPERATURE,
     TOKEN,
@@ -43,29 +46,80 @@ from engine.kernels.choice_fields import (
     WEIGHTS,
 )
 from engine.kernels.compiling import compile_entry_points, compiled
-from engine.kernels.intrinsics import LANES, get_f32, get_i8, get_i64, put_f32, put_i64
-from engine.kernels.rows import exp_total
+from engine.kernels.control import BLOCK
+from engine.kernels.intrinsics import get_f32, get_i8, get_i64, put_i64, top
+from engine.kernels.rows import weighed_total
 from engine.kernels.scalars import arrival, exp_of, get_f64, log_of, put_f64, random_bits
-from engine.kernels.shortlists import collect, first_of, heaviest, keep_from, largest, mass_of, sort_heaviest
+from engine.kernels.shortlists import (
+    collect,
+    collect_from_blocks,
+    first_of,
+    heaviest,
+    keep_from,
+    mass_of,
+    sort_heaviest,
+)
 
+_NOTHING = 1e-9  # what a token below loses by a penalty does not count
+_LEFT = 0.05  # of what the penalty takes, at least, has to be left for that to be told by subtraction
 _MARGIN = 0.1  # by which a penalty may lower the best draft without a second look at all
 
 
 @compiled
-def _weigh(task: int, best: float, least: float) -> int:
-    """The tokens that weigh ``least`` or more, the best one 1, and their weights. Returns how many they are; 0: too many, or
-    not all of them numbers."""
-    logits, tokens = get_i64(task + 8 * LOGITS), get_i64(task + 8 * SCRATCH)
-    temperature, weights = get_f64(task + 8 * TEMPERATURE), tokens + 8 * MOST_ALONE
-    bound = np.float32(best + temperature * log_of(least))
-    count = collect(logits, get_i64(task + 8 * SIZE), bound, tokens, MOST_ALONE)
+def _score(task: int, token: int) -> float:
+    """A token's logit after the penalty."""
+    logit = get_f32(get_i64(task + 8 * LOGITS) + 4 * token)
+    if get_i64(task + 8 * NUM_SEEN) != 0 and get_i8(get_i64(task + 8 * MASK) + token) != 0:
+        return _penalized(logit, np.float32(get_f64(task + 8 * PENALTY)))
+    return logit
+
+
+@compiled
+def _reach(task: int, bound: float) -> int:
+    """The tokens whose logits before the penalty, which only lowers them, reach ``bound``. Returns how many they are; one more
+    than ``MOST_ALONE``: too many."""
+    return collect_from_blocks(
+        get_i64(task + 8 * LOGITS),
+        get_i64(task + 8 * SIZE),
+        get_i64(task + 8 * NOTES),
+        bound,
+        get_i64(task + 8 * SCRATCH),
+        MOST_ALONE,
+    )
+
+
+@compiled
+def _best(task: int) -> float:
+    """The best score. Infinite: there are values that are no numbers, or too many good ones."""
+    best = top(get_i64(task + 8 * NOTES), padded((get_i64(task + 8 * SIZE) + BLOCK - 1) // BLOCK))
+    if get_i64(task + 8 * NUM_SEEN) == 0 or not -math.inf < best < math.inf:
+        return best
+    # If the best logit was seen, it is this much at least.
+    floor = _penalized(best, np.float32(get_f64(task + 8 * PENALTY)))
+    count, tokens = _reach(task, floor), get_i64(task + 8 * SCRATCH)
     if count > MOST_ALONE:
-        return 0
+        return math.inf
+    best = floor
     for number in range(count):
-        score = get_f32(logits + 4 * get_i64(tokens + 8 * number))
-        if not score <= best:
-            return 0
-        put_f64(weights + 8 * number, 1.0 if score == best else exp_of((score - best) / temperature))
+        best = max(best, _score(task, get_i64(tokens + 8 * number)))
+    return best
+
+
+@compiled
+def _weigh(task: int, best: float, least: float) -> int:
+    """The tokens that weigh ``least`` or more, the best one 1, and their weights. Returns how many they are; 0: too many."""
+    tokens, temperature = get_i64(task + 8 * SCRATCH), get_f64(task + 8 * TEMPERATURE)
+    weights, bound = tokens + 8 * MOST_ALONE, np.float32(best + temperature * log_of(least))
+    found, count = _reach(task, bound), 0
+    if found > MOST_ALONE:
+        return 0
+    for number in range(found):
+        token = get_i64(tokens + 8 * number)
+        score = _score(task, token)
+        if score >= bound:
+            put_i64(tokens + 8 * count, token)
+            put_f64(weights + 8 * count, 1.0 if score == best else exp_of((score - best) / temperature))
+            count += 1
     return count
 
 
@@ -81,7 +135,7 @@ def _pick(task: int) -> int:
     size, tokens = get_i64(task + 8 * SIZE), get_i64(task + 8 * SCRATCH)
     weights, stream = tokens + 8 * MOST_ALONE, _stream(task, 0)
     top_k, top_p, min_p = get_i64(task + 8 * TOP_K), get_f64(task + 8 * TOP_P), get_f64(task + 8 * MIN_P)
-    best = largest(get_i64(task + 8 * LOGITS), size)
+    best = _best(task)
     if not -math.inf < best < math.inf:
         return -1
     if get_f64(task + 8 * TEMPERATURE) == 0:
@@ -133,11 +187,41 @@ def _pick(task: int) -> int:
 @compiled
 def _total(task: int, best: float) -> float:
     """What all tokens weigh together, the best one 1."""
-    logits, size = get_i64(task + 8 * LOGITS), get_i64(task + 8 * SIZE)
-    temperature, whole = get_f64(task + 8 * TEMPERATURE), size // LANES * LANES
-    total = float(exp_total(logits, best, np.float32(1 / temperature), whole))
-    for place in range(whole, size):
-        total += exp_of((get_f32(logits + 4 * place) - best) / temperature)
+    maxima, blocks = get_i64(task + 8 * NOTES), (get_i64(task + 8 * SIZE) + BLOCK - 1) // BLOCK
+    count, temperature = padded(blocks), get_f64(task + 8 * TEMPERATURE)
+    sharpness = np.float32(get_f64(task + 8 * SHARPNESS))
+    raw = top(maxima, count)  # before the penalty
+    total = float(weighed_total(maxima + 4 * count, maxima, raw, sharpness, count))
+    if get_i64(task + 8 * NUM_SEEN) == 0:
+        return total
+    lost = _lost(task, raw)
+    if total - lost < _LEFT * lost:  # which the sum is not exact enough for
+        return _total_one_by_one(task, best)
+    return (total - lost) / exp_of((best - raw) / temperature)
+
+
+@compiled
+def _lost(task: int, raw: float) -> float:
+    """What the penalty takes from all tokens, where one with the logit ``raw`` weighs 1."""
+    logits, maxima, size = get_i64(task + 8 * LOGITS), get_i64(task + 8 * NOTES), get_i64(task + 8 * SIZE)
+    temperature, penalty = get_f64(task + 8 * TEMPERATURE), np.float32(get_f64(task + 8 * PENALTY))
+    seen, lost, bound = get_i64(task + 8 * SEEN), 0.0, raw + temperature * log_of(_NOTHING)
+    for number in range(get_i64(task + 8 * NUM_SEEN)):
+        token = get_i64(seen + 8 * number)
+        if token < size and get_f32(maxima + 4 * (token // BLOCK)) > bound:
+            logit = get_f32(logits + 4 * token)
+            if logit > bound:
+                after = _penalized(logit, penalty)
+                lost += exp_of((logit - raw) / temperature) - exp_of((after - raw) / temperature)
+    return lost
+
+
+@compiled
+def _total_one_by_one(task: int, best: float) -> float:
+    """As :func:`_total`."""
+    temperature, total = get_f64(task + 8 * TEMPERATURE), 0.0
+    for token in range(get_i64(task + 8 * SIZE)):
+        total += exp_of((_score(task, token) - best) / temperature)
     return total
 
 
@@ -169,7 +253,7 @@ def _likely(task: int, least: float) -> int:
     bound, best, total = least, 0.0, get_f64(task + 8 * TOTAL)
     for attempt in range(2):
         bound = least * (_MARGIN if attempt == 0 else best) if penalty != 1 else least
-        count = collect(weights, size, np.float32(bound), places, MOST_ALONE)
+        count = collect(weights, 0, size, np.float32(bound), places, 0, MOST_ALONE)
         if count > MOST_ALONE:
             return 0
         best, total = 0.0, get_f64(task + 8 * TOTAL)
@@ -245,20 +329,10 @@ def native_code() -> dict[str, tuple[str, bytes]]:
     """
 
     def choose(task: int) -> None:
-        logits, penalty = get_i64(task + 8 * LOGITS), np.float32(get_f64(task + 8 * PENALTY))
-        seen, count, size = get_i64(task + 8 * SEEN), get_i64(task + 8 * NUM_SEEN), get_i64(task + 8 * SIZE)
-        kept = get_i64(task + 8 * KEPT)
-        for number in range(count):  # in place: the logits are put back below
-            token = get_i64(seen + 8 * number)
-            if token < size:
-                logit = get_f32(logits + 4 * token)
-                put_f32(kept + 4 * number, logit)
-                put_f32(logits + 4 * token, _penalized(logit, penalty))
+        if get_i64(task + 8 * ARE_NOTED) == 0:
+            logits, size = get_i64(task + 8 * LOGITS), get_i64(task + 8 * SIZE)
+            note_row(logits, size, np.float32(get_f64(task + 8 * SHARPNESS)), get_i64(task + 8 * NOTES))
         put_i64(task + 8 * TOKEN, _pick(task))
-        for number in range(count):
-            token = get_i64(seen + 8 * number)
-            if token < size:
-                put_f32(logits + 4 * token, get_f32(kept + 4 * number))
 
     def rank(task: int) -> None:
         put_i64(task + 8 * NUM_RANKED, rank_drafts(task))

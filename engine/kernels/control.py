@@ -41,7 +41,10 @@ SPARSE_LAYERS, WANTED, NUM_WANTED, LEFT, SOURCES, EXPERT_OUTS, EXPERT_ACTS, GATH
 )
 # For a round's drafts (:mod:`engine.kernels.draft_chain`): addresses.
 PLAN, CHAIN, CHOICE = range(125, 128)
-RANKS = 128  # per thread RANK_FIELDS
+# Of a pass's logits: the address of what is noted of their blocks, and what they are multiplied by before they are weighed
+# (the bits of a float32; 0: not at all). See :mod:`engine.kernels.block_notes`.
+NOTES, SHARPNESS = 128, 129
+RANKS = 144  # per thread RANK_FIELDS; a multiple of 16, for processors fetch cache lines in pairs
 RANK_FIELDS = 48
 (
     PHASE, SEEN, CREW, MINE, OWED, GUEST, OWN_H, OWN_X, OWN_ROUNDED, OWN_EXTRAS, OWN_SCORES, OWN_KV, OWN_LOW, OWN_RAISED,

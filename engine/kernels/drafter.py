@@ -64,9 +64,12 @@ class _Round:
         ):
             found.all_tokens.append(words[entry + plan_fields.DRAFT_TOKEN])
             found.confidences.append(floats[entry + plan_fields.CONFIDENCE])
+            if not (count := words[entry + plan_fields.NUM_OTHERS]):
+                found.offers.append(())
+                continue
             first, chances = entry + plan_fields.OTHERS, entry + plan_fields.OTHER_CHANCES
-            others = range(words[entry + plan_fields.NUM_OTHERS])
-            found.offers.append(tuple((words[first + other], floats[chances + other]) for other in others))
+            others = [(words[first + other], floats[chances + other]) for other in range(count)]
+            found.offers.append(tuple(others))
         found.tokens = found.all_tokens[: words[plan_fields.NUM_KEPT]]
         return found
 

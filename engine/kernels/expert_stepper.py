@@ -95,13 +95,14 @@ class FusedExpertStepper(FusedStepper):
         begun: Sequence[Tensor] = (),
         depth: int = 0,
         instead_of: Sequence[int] = (),
+        weigh_at: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         rows = len(begun) + len(ids)
         if rows > self._most_rows or not self._begin_pass(rows):
             with use_threads(1):
                 return forward_in_parts(self, ids, cache, begun, depth, instead_of)
         self.team.control[control.CHOSEN], self.team.control[control.WEIGHTS] = self._choices
-        found = super().forward(ids, cache, begun, depth, instead_of)
+        found = super().forward(ids, cache, begun, depth, instead_of, weigh_at)
         if self._cache is not None:
             self._cache.raise_trouble()
         if isinstance(self.decoder.watch, PassWatch):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.kernels.barrier import take, wait
+from engine.kernels.block_notes import note_block, padded
 from engine.kernels.compiling import NONE, compiled
 from engine.kernels.control import (
     BEGUN,
+    BLOCK,
     EMBEDDING,
     FIRST,
     HIDDEN,
     HIDDEN_SIZE,
     IDS,
+    INPUTS,
     KEPT_LAYERS,
     LAST,
     LAYER_FIELDS,
@@ -19,14 +23,22 @@ from engine.kernels.control import (
     LINEAR,
     LOGITS,
     NORM,
+    NOTES,
     OUT,
+    OUTPUTS,
+    OWN_EXTRAS,
     OWN_H,
+    OWN_ROUNDED,
     OWN_X,
     ROWS,
+    SHARPNESS,
 )  # fmt: skip
-from engine.kernels.intrinsics import get_i64, put_i64
+from engine.kernels.intrinsics import get_f32, get_i64, put_i64
+from engine.kernels.matmul import multiply_block, prepare_rows
 from engine.kernels.phases import matmul_phase, norm_rows, run_layer, use_rows
 from engine.kernels.rows import copy_row, copy_wide
+
+_HEAD_BLOCKS = 4  # of a task
 
 
 @compiled
@@ -68,6 +80,34 @@ def run_kept_layer(
     else:
         run_layer(tag, kv, kv_size, control, own, layer, NONE, False)
     return True
+
+
+@compiled
+def _vocabulary_phase(tag: Any, control: int, own: int, head: int, x: int, rows: int) -> None:
+    """The ``head``'s outputs for ``rows`` rows ``x`` to ``LOGITS``, each block noted as soon as it is there."""
+    size, logits, notes = (
+        get_i64(head + 8 * OUTPUTS),
+        get_i64(control + 8 * LOGITS),
+        get_i64(control + 8 * NOTES),
+    )
+    rounded, extras = get_i64(own + 8 * OWN_ROUNDED), get_i64(own + 8 * OWN_EXTRAS)
+    sharpness, blocks = get_f32(control + 8 * SHARPNESS), (size + BLOCK - 1) // BLOCK
+    weights, step = notes + 4 * padded(blocks), 8 * padded(blocks)
+    x = prepare_rows(tag, x, rows, get_i64(head + 8 * INPUTS), rounded, extras)
+    tasks = (blocks + _HEAD_BLOCKS - 1) // _HEAD_BLOCKS
+    task = take(control, own, tasks)
+    while task >= 0:
+        first, last = task * _HEAD_BLOCKS, min((task + 1) * _HEAD_BLOCKS, blocks)
+        for block in range(first, last):
+            output = block * BLOCK
+            multiply_block(tag, head, output, 0, x, extras, logits + 4 * output, size, rows)
+        for row in range(rows):
+            for block in range(first, last):
+                output, at = block * BLOCK, row * step + 4 * block
+                place = logits + 4 * (row * size + output)
+                note_block(place, min(BLOCK, size - output), sharpness, notes + at, weights + at)
+        task = take(control, own, tasks)
+    wait(control, own)
 
 
 def forward_through(run_one: Any) -> Any:
@@ -115,7 +155,6 @@ def forward_through(run_one: Any) -> Any:
         if rank == 0:
             copy_row(get_i64(control + 8 * OUT), h, rows * size)
         norm_rows(control, own, get_i64(control + 8 * NORM))
-        logits, x = get_i64(control + 8 * LOGITS), get_i64(own + 8 * OWN_X)
-        matmul_phase(tag, control, own, get_i64(control + 8 * LINEAR), x, rows, logits)
+        _vocabulary_phase(tag, control, own, get_i64(control + 8 * LINEAR), get_i64(own + 8 * OWN_X), rows)
 
     return run_forward

@@ -248,6 +248,25 @@ def exp_total(typingctx: Any, x: Any, top: Any, factor: Any, count: Any) -> Any:
     return types.float32(types.int64, types.float32, types.float32, types.int64), codegen
 
 
+@intrinsic
+def weighed_total(typingctx: Any, weights: Any, x: Any, top: Any, factor: Any, count: Any) -> Any:
+    """The sum of ``weights * exp((x - top) * factor)``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        gains, base, maximum, scalar, length = args
+        wide, scale = splat(builder, maximum), splat(builder, scalar)
+        total = cgutils.alloca_once_value(builder, constant(0.0))
+        builder.store(constant(0.0), total)
+        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+            value = builder.fsub(load(builder, _at(builder, base, index), VF32), wide)
+            value = _exp(builder, builder.fmul(value, scale))
+            gain = load(builder, _at(builder, gains, index), VF32)
+            builder.store(fma(builder, gain, value, builder.load(total)), total)
+        return reduce_tree(builder, builder.load(total))
+
+    return types.float32(types.int64, types.int64, types.float32, types.float32, types.int64), codegen
+
+
 _FLOAT32 = np.float32(0.0)
 
 

@@ -14,7 +14,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from engine.kernels.compiling import compiled
-from engine.kernels.intrinsics import I16, I64, LANES, VF32, get_f32, get_i64, load, put_i64, splat, top
+from engine.kernels.control import BLOCK
+from engine.kernels.intrinsics import I16, I64, LANES, VF32, get_f32, get_i64, load, put_i64, splat
 from engine.kernels.scalars import arrival, get_f64
 
 
@@ -42,10 +43,11 @@ def _lowest(typingctx: Any, bits: Any) -> Any:
 
 
 @compiled
-def collect(x: int, size: int, least: float, places: int, most: int) -> int:
-    """The places of the floats that are not below ``least``, and how many there are: up to ``most``, else one more."""
-    count, whole = 0, size // LANES * LANES
-    for first in range(0, whole, LANES):
+def collect(x: int, begin: int, end: int, least: float, places: int, count: int, most: int) -> int:
+    """Behind ``count`` places those of the floats from number ``begin`` up to ``end`` that are not below ``least``. Returns how
+    many there are then: up to ``most``, else one more."""
+    whole = begin + (end - begin) // LANES * LANES
+    for first in range(begin, whole, LANES):
         found = _which_reach(x + 4 * first, least)
         while found != 0:
             if count == most:
@@ -53,7 +55,7 @@ def collect(x: int, size: int, least: float, places: int, most: int) -> int:
             put_i64(places + 8 * count, first + _lowest(found))
             count += 1
             found &= found - 1
-    for place in range(whole, size):
+    for place in range(whole, end):
         if not get_f32(x + 4 * place) < least:
             if count == most:
                 return most + 1
@@ -63,13 +65,18 @@ def collect(x: int, size: int, least: float, places: int, most: int) -> int:
 
 
 @compiled
-def largest(x: int, size: int) -> float:
-    whole = size // LANES * LANES
-    best = top(x, whole) if whole else get_f32(x)
-    for place in range(whole, size):
-        if get_f32(x + 4 * place) > best:
-            best = get_f32(x + 4 * place)
-    return best
+def collect_from_blocks(x: int, size: int, maxima: int, least: float, places: int, most: int) -> int:
+    """As :func:`collect`, of all ``size`` floats, without a look at blocks whose maxima are below ``least``."""
+    count, blocks = 0, (size + BLOCK - 1) // BLOCK
+    for first in range(0, blocks, LANES):  # maxima are filled up to so many
+        found = _which_reach(maxima + 4 * first, least)
+        while found != 0:
+            begin = (first + _lowest(found)) * BLOCK
+            count = collect(x, begin, min(begin + BLOCK, size), least, places, count, most)
+            if count > most:
+                return count
+            found &= found - 1
+    return count
 
 
 @compiled

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.logit_notes import LogitNotes, keep_notes, sharpness_of
 from engine.kernels import control
 from engine.kernels.draft_layers import fits_int4
 from engine.kernels.linears import LinearTable
@@ -68,6 +69,7 @@ class FusedStepper:
         # What passes give: memory for it, and of one row, of two, and so on. To ask torch for either takes ten microseconds.
         self._states = torch.empty(0, decoder.config.hidden_size)
         self._given: list[tuple[Tensor, Tensor]] = []
+        self._notes, self._sharpness = LogitNotes(0, 0), 0
         self._head = self.table.describe(decoder.weights.lm_head).ctypes.data
         self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
         self._rope_seen = -1
@@ -129,6 +131,7 @@ class FusedStepper:
         begun: Sequence[Tensor] = (),
         depth: int = 0,
         instead_of: Sequence[int] = (),
+        weigh_at: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """As :class:`engine.models.stepper.Stepper` says, in one command: behind a step that swept the caches, each of
         Python's and torch's own little ones takes tens of microseconds."""
@@ -143,8 +146,14 @@ class FusedStepper:
                 torch.empty(rows, each.shape[1]) for each in (self._states, self._vocabulary)
             )
             self._given = [(self._states[:count], self._vocabulary[:count]) for count in range(1, rows + 1)]
+            self._notes, self._sharpness = LogitNotes(rows, self._vocabulary.shape[1]), 0
+            for _, each in self._given:
+                keep_notes(each, self._notes)
             self._addresses = self._states.data_ptr(), self._vocabulary.data_ptr()
         states, logits = self._addresses
+        if weigh_at != self._notes.temperature:
+            self._notes.temperature = weigh_at
+            self._sharpness = int(np.float32(sharpness_of(weigh_at)).view(np.int32))
         self.team.run(
             control.RUN_FORWARD,
             {
@@ -157,6 +166,8 @@ class FusedStepper:
                 control.NORM: self.final_norm,
                 control.LINEAR: self._head,
                 control.LOGITS: logits,
+                control.NOTES: self._notes.first,
+                control.SHARPNESS: self._sharpness,
             },
         )
         return self._given[rows - 1]

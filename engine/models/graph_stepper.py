@@ -89,6 +89,7 @@ class GraphStepper:
         begun: Sequence[Tensor] = (),
         depth: int = 0,
         instead_of: Sequence[int] = (),
+        weigh_at: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         if self.decoder.config.experts is not None:
             return forward_in_parts(self, ids, cache, begun, depth, instead_of)

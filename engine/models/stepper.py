@@ -39,6 +39,7 @@ class Stepper(Protocol):
         begun: Sequence[Tensor] = (),
         depth: int = 0,
         instead_of: Sequence[int] = (),
+        weigh_at: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """Rows behind the cache's tokens through the whole model: first those that have ``begun``, ``[1, D]`` each, and
         are ``depth`` layers deep already, then those of the tokens ``ids``. The cache's length stays as it is.
@@ -47,6 +48,8 @@ class Stepper(Protocol):
             instead_of: the last rows are alternatives to the rows with these numbers: each sees what that one sees, and
                 itself instead of that one. A row's keys and values go behind the cache's as many slots as its number
                 says; an alternative's are moved by :meth:`copy_slot`.
+            weigh_at: a temperature at which to weigh blocks of logits in passing, if it can
+                (:mod:`engine.decoding.logit_notes`); 0: none.
 
         Returns:
             Their final states ``[T, D]`` and logits ``[T, V]``, which last until the next call.
@@ -77,6 +80,8 @@ class RowStepper(Stepper, Protocol):
 def row_places(start: int, count: int, instead_of: Sequence[int]) -> tuple[list[int], list[int]]:
     """The positions and the slots of ``count`` rows, as :meth:`Stepper.forward` takes them."""
     slots = list(range(start, start + count))
+    if not instead_of:
+        return slots, slots
     return slots[: count - len(instead_of)] + [start + row for row in instead_of], slots
 
 
@@ -141,6 +146,7 @@ class TorchStepper:
         begun: Sequence[Tensor] = (),
         depth: int = 0,
         instead_of: Sequence[int] = (),
+        weigh_at: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         return forward_in_parts(self, ids, cache, begun, depth, instead_of)
 
