@@ -15,7 +15,7 @@ from app.engine_host import EngineHost
 from app.expert_panel import ExpertPanel
 from app.model_panel import ModelPanel, build_model_choice, format_choice
 from app.preferences import PreferenceFile
-from app.settings_panel import build_settings, read_settings
+from app.settings_panel import build_settings, read_settings, sampling_shown
 from app.training import Training
 from app.training_panel import TrainingPanel
 from engine.errors import SlipstreamError
@@ -92,7 +92,7 @@ class ChatPage:
             self._provenance = _html(elem_id="provenance")
             self._experts = ExpertPanel(self._host)
         with gr.Sidebar("Settings", position="right", open=False, width=320, elem_id="settings"):
-            self._settings = build_settings(preferences)
+            self._settings = build_settings(preferences, self._host)
             models = build_model_choice(self._host, preferences) if private else None
             training = TrainingPanel(self._host, Training()) if private else None
 
@@ -273,6 +273,7 @@ class ChatPage:
         ]  # fmt: skip
         state += [] if models is None else [models.telling, models.weights]
         state += [] if training is None else training.outputs
+        state += self._settings.sampling
         self._private, self._training = models is not None, training
         self._loading_timer.tick(self._loading_state, None, state, **DIRECT)
         stop_loading.click(self._host.cancel_loading, None, None, **DIRECT)
@@ -295,22 +296,24 @@ class ChatPage:
             method = gr.Radio(choices=methods.switch(names, picked), value=picked, visible=len(names) > 1)
             weights = [gr.Dropdown(**format_choice(self._host))] if self._private else []
             experts = self._experts.shown(_owner(request))
+            sampling = sampling_shown(self._preferences.value, session.info.recommended)
             return (
                 gr.Row(visible=False), "", gr.skip(), gr.Timer(active=False), method, *experts, *tell, *weights,
-                *training,
+                *training, *sampling,
             )  # fmt: skip
         kept = [gr.skip() for _ in tell]
         experts = (gr.Accordion(visible=False), gr.skip())
+        sampling = tuple(gr.skip() for _ in self._settings.sampling)
         if state.stage == "loading":
             text = telemetry.loading_strip(state.message, state.share)
             return (
                 gr.Row(visible=True), text, gr.Button(visible=False), gr.skip(), gr.skip(), *experts, *kept, *kept,
-                *training,
+                *training, *sampling,
             )  # fmt: skip
         text = telemetry.notice(state.message, "error")
         return (
             gr.Row(visible=True), text, gr.Button(visible=True), gr.Timer(active=False), gr.skip(), *experts, *tell,
-            *kept, *training,
+            *kept, *training, *sampling,
         )  # fmt: skip
 
     def _machine_strip(self) -> str:

@@ -11,18 +11,24 @@ from typing import Any
 from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
+# How we sample from models whose authors recommend nothing.
+HOUSE_SAMPLING: dict[str, float] = {
+    "temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.05
+}  # fmt: skip
+_EDITION = 2  # of the file; in the first, settings that nobody had chosen were written as well
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """What a person set. Defaults suit a small instruct model."""
+    """What a person set."""
 
     system_prompt: str = "You are a helpful assistant."
-    temperature: float = 0.7
-    top_p: float = 0.95
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.05
+    # None: as the model's authors recommend, or else as HOUSE_SAMPLING says.
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     seed: int | None = None
     max_new_tokens: int = 1024
     method: str = ""  # acceleration where the model has it
@@ -50,7 +56,7 @@ class PreferenceFile:
         self.value = replace(self.value, **changes)
         try:
             with replacing(self._path) as file:
-                file.write(json.dumps(asdict(self.value), indent=1).encode())
+                file.write(json.dumps({"edition": _EDITION, **asdict(self.value)}, indent=1).encode())
         except OSError:
             _log.exception("the settings could not be saved")
 
@@ -69,7 +75,11 @@ class PreferenceFile:
         if not isinstance(saved, dict):
             return defaults
         known = {field.name: getattr(defaults, field.name) for field in fields(Preferences)}
-        return Preferences(**{name: saved[name] for name in known if _fits(saved.get(name), known[name])})
+        known |= HOUSE_SAMPLING  # of whose type they have to be
+        found = {name: saved[name] for name in known if _fits(saved.get(name), known[name])}
+        if saved.get("edition") != _EDITION:
+            found = {name: value for name, value in found.items() if value != HOUSE_SAMPLING.get(name)}
+        return Preferences(**found)
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from app import telemetry
 from app.conversation import AnswerSettings
+from app.engine_host import EngineHost
 from app.preferences import PreferenceFile, Preferences
+from app.sampling_choice import RANGES, explained, in_force
 from engine.errors import InvalidRequestError
 from engine.requests import SamplingParams
 
@@ -18,9 +22,11 @@ _DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visib
 
 @dataclass(frozen=True)
 class SettingsPanel:
-    """The panel's components; ``answer`` are the inputs of :func:`read_settings`, in order."""
+    """The panel's components; ``answer`` are the inputs of :func:`read_settings`, in order, and ``sampling`` what
+    :func:`sampling_shown` fills anew when a model is there."""
 
     answer: tuple[Any, ...]
+    sampling: tuple[Any, ...]
     method: Any
     tint: Any
     reset: Any
@@ -60,9 +66,23 @@ def _whole(name: str, value: Any) -> int:
     raise InvalidRequestError(f"{name} must be a whole number.")
 
 
-def build_settings(preferences: PreferenceFile) -> SettingsPanel:
+def sampling_shown(preferences: Preferences, recommended: SamplingParams | None) -> tuple[Any, ...]:
+    """The sampling settings that hold, and whose they are.
+
+    Args:
+        recommended: by the authors of the loaded model.
+    """
+    values = in_force(preferences, recommended)
+    return *values.values(), telemetry.remark(explained(values, recommended))
+
+
+def _save(preferences: PreferenceFile, name: str, value: Any) -> None:
+    preferences.save(**{name: value})
+
+
+def build_settings(preferences: PreferenceFile, host: EngineHost) -> SettingsPanel:
     """Lay the panel out in the present container."""
-    values = preferences.value
+    values, sampled = preferences.value, in_force(preferences.value, None)
     method = gr.Radio(
         choices=[], label="Decoding", visible=False, elem_id="method",
         info="The same text either way; from the next message on",
@@ -75,10 +95,10 @@ def build_settings(preferences: PreferenceFile) -> SettingsPanel:
         )  # fmt: skip
     with gr.Group():
         temperature = gr.Slider(
-            0, 2, values.temperature, step=0.05, label="Temperature", buttons=[],
+            *RANGES["temperature"], sampled["temperature"], step=0.05, label="Temperature", buttons=[],
             info="0 always takes the likeliest token", elem_id="temperature",
         )  # fmt: skip
-        top_p = gr.Slider(0.05, 1, values.top_p, step=0.01, label="Top p", buttons=[])
+        top_p = gr.Slider(*RANGES["top_p"], sampled["top_p"], step=0.01, label="Top p", buttons=[])
         max_new_tokens = gr.Slider(
             16, 8192, values.max_new_tokens, step=16, label="Token limit of an answer", buttons=[],
             elem_id="max-tokens",
@@ -89,42 +109,50 @@ def build_settings(preferences: PreferenceFile) -> SettingsPanel:
     )  # fmt: skip
     tint.input(lambda value: preferences.save(tint_drafted=value), tint, None, **_DIRECT)
     with gr.Accordion("More sampling", open=False):
-        top_k = gr.Slider(0, 200, values.top_k, step=1, label="Top k", info="0 is off", buttons=[])
-        min_p = gr.Slider(0, 1, values.min_p, step=0.01, label="Min p", info="0 is off", buttons=[])
-        penalty = gr.Slider(
-            1,
-            2,
-            values.repetition_penalty,
-            step=0.01,
-            label="Repetition penalty",
-            info="1 is off",
-            buttons=[],
+        top_k = gr.Slider(
+            *RANGES["top_k"], sampled["top_k"], step=1, label="Top k", info="0 is off", buttons=[]
         )
+        min_p = gr.Slider(
+            *RANGES["min_p"], sampled["min_p"], step=0.01, label="Min p", info="0 is off", buttons=[]
+        )
+        penalty = gr.Slider(
+            *RANGES["repetition_penalty"], sampled["repetition_penalty"], step=0.01,
+            label="Repetition penalty", info="1 is off", buttons=[],
+        )  # fmt: skip
         seed = gr.Number(values.seed, label="Seed", precision=0, info="Empty: another answer each time")
+    whose = gr.HTML(telemetry.remark(""), apply_default_css=False, js_on_load=None, elem_id="whose-sampling")
     reset = gr.Button("Back to the defaults", size="sm", variant="secondary")
-    answer = (system_prompt, temperature, top_p, top_k, min_p, penalty, seed, max_new_tokens)
+    sampling = dict(zip(RANGES, (temperature, top_p, top_k, min_p, penalty), strict=True))
+    others = {"system_prompt": system_prompt, "seed": seed, "max_new_tokens": max_new_tokens}
 
-    defaults = Preferences()
-    names = (
-        "system_prompt", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-        "max_new_tokens",
+    def recommended() -> SamplingParams | None:
+        session = host.loaded
+        return None if session is None else session.info.recommended
+
+    def back_to_defaults() -> list[Any]:
+        defaults = Preferences()
+        preferences.save(**{name: getattr(defaults, name) for name in (*others, *sampling)})
+        shown = sampling_shown(preferences.value, recommended())
+        return [*(getattr(defaults, name) for name in others), *shown]
+
+    # What a person enters is saved; what the page itself fills in is no choice.
+    for name, component in {**sampling, **others}.items():
+        component.input(partial(_save, preferences, name), component, None, **_DIRECT)
+    gr.on(
+        [component.input for component in sampling.values()],
+        lambda *values: telemetry.remark(explained(dict(zip(RANGES, values, strict=True)), recommended())),
+        list(sampling.values()), whose, **_DIRECT,
     )  # fmt: skip
-    for name, component in zip(names, answer, strict=True):
-        # A default argument binds the name now; gradio passes the component's value alone.
-        def save(value: Any, name: str = name) -> None:
-            preferences.save(**{name: value})
-
-        component.change(save, component, None, **_DIRECT)
     blocks = gr.context.Context.root_block
     assert blocks is not None
+    names = (*others, "tint_drafted")
+
+    def saved() -> list[Any]:
+        shown = sampling_shown(preferences.value, recommended())
+        return [*(getattr(preferences.value, name) for name in names), *shown]
+
     # A page that is opened later shows what was saved since the start.
-    blocks.load(
-        lambda: [getattr(preferences.value, name) for name in (*names, "tint_drafted")],
-        None,
-        [*answer, tint],
-        **_DIRECT,
-    )
-    reset.click(
-        lambda: [getattr(defaults, name) for name in names], None, list(answer), **_DIRECT
-    )  # fmt: skip
-    return SettingsPanel((*answer, method), method, tint, reset)
+    blocks.load(saved, None, [*others.values(), tint, *sampling.values(), whose], **_DIRECT)
+    reset.click(back_to_defaults, None, [*others.values(), *sampling.values(), whose], **_DIRECT)
+    answer = (system_prompt, *sampling.values(), seed, max_new_tokens, method)
+    return SettingsPanel(answer, (*sampling.values(), whose), method, tint, reset)

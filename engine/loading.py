@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from engine.errors import ModelFileError, UnsupportedModelError
 from engine.hardware import return_free_memory
 from engine.models.gguf_header import read_header
+from engine.recommended import recommended_sampling
 from engine.session import ModelInfo, Session
 from engine.threads import set_threads
 from engine.tokenizer import load_tokenizer
@@ -68,6 +69,7 @@ def load_session(
         kernel=model.backend.kernel,
         methods=model.backend.methods(),
         notes=tuple(notes),
+        recommended=recommended_sampling(path),
     )
     session = Session(model.backend, tokenizer, info, threads)
     report("warm up", 0.0, "Warming up.")

@@ -53,6 +53,7 @@ class ModelInfo:
     kernel: str  # "fused", "torch" or "transformers"
     methods: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    recommended: SamplingParams | None = None  # by the model's authors
 
 
 class Session:

@@ -10,7 +10,15 @@ from typing import Any
 from app.engine_host import EngineHost, ModelChoice
 from engine.experts.report import ExpertReport
 from engine.metrics import GenerationMetrics
-from engine.requests import FinishReason, GenerationRequest, GenerationResult, Piece, Provenance, Round
+from engine.requests import (
+    FinishReason,
+    GenerationRequest,
+    GenerationResult,
+    Piece,
+    Provenance,
+    Round,
+    SamplingParams,
+)
 from engine.session import Trainable
 
 
@@ -67,11 +75,12 @@ class FakeSession:
         methods: Sequence[str] = ("plain",),
         experts: Sequence[ExpertReport] = (),
         trainable: Trainable | None = None,
+        recommended: SamplingParams | None = None,
     ) -> None:
         self.words, self.finish_reason, self.notices = tuple(words), finish_reason, tuple(notices)
         self.info = SimpleNamespace(
             name=name, weight_format="int4", kernel="fused", device="cpu", weight_bytes=84_000_000,
-            methods=tuple(methods), notes=(),
+            methods=tuple(methods), notes=(), recommended=recommended,
         )  # fmt: skip
         self.generations: list[FakeGeneration] = []
         self.gate = threading.Event()

@@ -100,7 +100,7 @@ def test_pages_offer_what_the_loaded_models_device_runs(
     assert "int4" not in wanted and "int8" in wanted
     outputs = private._loading_state(VISITOR)
     assert [name for _, name in outputs[8].choices] == ["auto", *wanted]
-    assert len(public._loading_state(VISITOR)) == len(outputs) - 6 == 7  # no weights, no training
+    assert len(public._loading_state(VISITOR)) == len(outputs) - 6 == 13  # no weights, no training
     seen, _, first, _, second, *_ = compare._on_tick(None, "plain", "plain")
     for dropdown in (first, second):
         assert [name for _, name in dropdown.choices] == ["", *wanted]
