@@ -117,7 +117,8 @@ def test_what_the_sliders_cannot_show_is_cut():
 def test_whose_settings_they_are():
     assert explained(in_force(Preferences(), None), None) == ""
     assert (
-        explained(in_force(Preferences(), ADVICE), ADVICE) == "Sampling is set as the model's authors recommend."
+        explained(in_force(Preferences(), ADVICE), ADVICE)
+        == "Sampling is set as the model's authors recommend."
     )
     other = explained(in_force(Preferences(top_p=0.5), ADVICE), ADVICE)
     assert other == "The model's authors recommend temperature 0.6, top p 0.9, top k 20."
