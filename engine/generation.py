@@ -8,6 +8,7 @@ from time import perf_counter
 
 from engine.decoding.base import Backend, Step, TokenSequence
 from engine.errors import OutOfMemoryError, SlipstreamError
+from engine.mapped_files import check_mapped_files
 from engine.metrics import GenerationMetrics
 from engine.requests import FinishReason, GenerationRequest, GenerationResult, Piece, Round
 from engine.text_stream import TextStream
@@ -82,6 +83,7 @@ class Generation:
 
         Raises:
             OutOfMemoryError: there is no memory for a longer context.
+            ModelFileError: the disk that the model is read from fails.
         """
         try:
             with self._busy:
@@ -151,6 +153,7 @@ class Generation:
                     step = self._method.step(self._room())
             else:
                 step = self._method.step(self._room())
+            check_mapped_files()
             pieces, reason = self._read(step)  # counted too: text is part of what a token costs
             seconds = perf_counter() - started
         self._count(step, len(pieces), seconds)
@@ -181,6 +184,7 @@ class Generation:
             with ENGINE_LOCK, use_threads(self._num_threads):
                 started = perf_counter()
                 backend.prefill(chunk, sequence.cache)
+                check_mapped_files()
                 self.metrics.prefill_seconds += perf_counter() - started
         self._stop_if_cancelled()
         self._method.start(sequence)

@@ -20,6 +20,7 @@ from engine.atomic import replacing
 from engine.errors import ExpertStoreError
 from engine.experts.blob import BlobLayout, checksum, page_aligned
 from engine.experts.store import StoreIndex, read_index, view_bytes
+from engine.mapped_files import check_mapped_files
 from engine.models.feed_forward import FeedForward
 from engine.progress import Progress, format_seconds
 
@@ -69,6 +70,7 @@ def write_store(
                                 "from there."
                             )
                         layout.write(build(*key), blob)
+                        check_mapped_files()
                         handle.seek(place * layout.nbytes)
                         handle.write(view_bytes(blob))
                         journal.add(place, checksum(view_bytes(blob)))

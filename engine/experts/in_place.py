@@ -30,6 +30,7 @@ from engine.errors import ExpertStoreError
 from engine.experts.blob import PAGE
 from engine.experts.slots import SlotMaker
 from engine.experts.store import ExpertStore, Key
+from engine.mapped_files import guard_mapping
 from engine.models.feed_forward import FeedForward
 
 _TRUST = 5.0  # seconds for which what is in the file cache is taken to stay there
@@ -57,6 +58,7 @@ class InPlace:
         self.at_once = max(1, WINDOW // self._size)
         self._mincore = ctypes.CDLL(None).mincore
         self._mapped = mmap.mmap(store.descriptor, 0, access=mmap.ACCESS_COPY)
+        guard_mapping(self._mapped, store.file)
         self._bytes = np.frombuffer(self._mapped, np.uint8)
         self.address: int = self._bytes.ctypes.data
         self._present = np.zeros(self._size // PAGE, np.uint8)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelFileError, UnsupportedModelError
+from engine.mapped_files import map_file
 from engine.models.config import ExpertConfig, ModelConfig, Multipliers, RopeConfig
 from engine.models.expert_names import split_index
 from engine.models.gguf_header import TensorEntry, read_header
@@ -74,7 +75,7 @@ class GgufFile:
         self.path = path
         header = self._header = read_header(path)
         try:
-            bytes_ = np.memmap(path, np.uint8, mode="r")
+            bytes_ = map_file(path)
             self.tensors = {entry.name: _locate(entry, bytes_) for entry in header.tensors.values()}
         except (ValueError, OverflowError, OSError) as error:
             raise ModelFileError(f"{path.name} is damaged or incomplete; download it again.") from error

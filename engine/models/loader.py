@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ModelFileError, OutOfMemoryError, UnsupportedModelError
+from engine.mapped_files import check_mapped_files
 from engine.models.checkpoint import Checkpoint, open_checkpoint
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder, DecoderWeights, LayerWeights
@@ -41,6 +42,7 @@ def load_decoder(
     checkpoint = open_checkpoint(path)
     try:
         weights = _Packer(checkpoint, fmt, target, experts).weights(on_progress or (lambda share: None))
+        check_mapped_files()
     except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError(
             f"{path.name} does not fit into the memory as {weight_format}; choose int4 or a smaller model."

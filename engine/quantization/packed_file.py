@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.atomic import replacing
+from engine.mapped_files import map_file
 
 _MAGIC = b"SLIPPACK"
 _ALIGNMENT = 64
@@ -55,7 +56,7 @@ def map_packed(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         OSError: there is no such file.
         ValueError: it is not such a file, or damaged.
     """
-    mapped = np.memmap(file, np.uint8, mode="c")
+    mapped = map_file(file, writable=True)
     if len(mapped) < 16 or mapped[:8].tobytes() != _MAGIC:
         raise ValueError(f"{file.name} holds no packed tensors")
     start = 16 + int.from_bytes(mapped[8:16].tobytes(), "little")
