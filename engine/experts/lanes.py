@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from engine.decoding.base import DecodingMethod, TokenSequence
+from engine.decoding.context import ContextDrafter
 from engine.decoding.controller import DepthController
 from engine.decoding.m2r2 import M2R2
 from engine.decoding.plain import PlainDecoding
@@ -33,7 +34,7 @@ from engine.models.decoder import Decoder
 from engine.models.stepper import make_stepper
 from engine.requests import SamplingParams
 from engine.residuals.accelerator import Accelerator
-from engine.residuals.drafter import make_drafter
+from engine.residuals.drafter import Drafter, make_drafter
 from engine.residuals.expert_stream import ExpertStream
 
 _ORACLE_LOOKAHEAD = 2  # layers; one would leave the link idle while it has nothing to fetch
@@ -49,7 +50,7 @@ class Lane:
             experts are resident or computed where they lie.
         policy: an eviction policy's name, or ``belady``.
         predictor: ``next-gate``, ``ridge-gate``, ``accelerated`` or ``oracle``; None: nothing is loaded ahead.
-        drafts: whether tokens are drafted, with the experts of drafts loaded ahead.
+        drafts: whether tokens are drafted: as many as pay, or, with ``accelerated``, always two whose experts are loaded ahead.
         in_place: experts are computed from the system's file cache, whatever the link.
     """
 
@@ -76,6 +77,7 @@ def lanes(share: float) -> tuple[Lane, ...]:
         Lane("accelerated, lfu", share, "lfu", "accelerated"),
         Lane("ridge-gate, lfu", share, "lfu", "ridge-gate"),
         Lane("ridge-gate, foreseen", share, "foreseen", "ridge-gate"),
+        Lane("ridge-gate, foreseen, drafts", share, "foreseen", "ridge-gate", drafts=True),
         Lane("draft union, lfu", share, "lfu", "accelerated", drafts=True),
         Lane("oracle bound", share, "belady", "oracle"),
         Lane("in place", 0.0, "lfu", in_place=True),
@@ -145,9 +147,8 @@ class RunningLane:
             self._decoder.watch = Prefetcher(self.cache, predictor, always=True)
         self._stepper = make_stepper(self._decoder)
         if lane.drafts:
-            assert stream is not None and accelerator is not None and self.cache is not None
-            drafter = UnionDrafter(make_drafter(self._stepper, accelerator), stream, self.cache)
-            self._drafts = M2R2(lambda: drafter, DepthController(fixed=_NUM_DRAFTS))
+            assert accelerator is not None
+            self._drafts = self._drafting(make_drafter(self._stepper, accelerator), stream)
 
     @torch.inference_mode()
     def answer(self, ids: Sequence[int], num_tokens: int, trace: Trace) -> LaneSample:
@@ -174,6 +175,13 @@ class RunningLane:
         seconds = perf_counter() - began
         stats = ExpertStats() if cache is None else cache.stats.since(before)
         return LaneSample(tuple(sequence.ids[len(ids) :]), seconds, num_tokens, stats, speculation)
+
+    def _drafting(self, drafter: Drafter, stream: ExpertStream | None) -> M2R2:
+        if self.lane.predictor != "accelerated":
+            return M2R2(lambda: drafter, context=ContextDrafter())
+        assert stream is not None and self.cache is not None
+        union = UnionDrafter(drafter, stream, self.cache)
+        return M2R2(lambda: union, DepthController(fixed=_NUM_DRAFTS))
 
     def close(self) -> None:
         """Stop the lane's threads."""
