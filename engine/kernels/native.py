@@ -25,7 +25,7 @@ from typing import Any
 from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
-_MODULES = ("loads", "turns", "foretell", "choices")  # that are compiled once for all models
+_MODULES = ("loads", "turns", "foretell", "choices", "page_guard")  # that are compiled once for all models
 _TIMEOUT = 600.0  # seconds: much longer than it takes
 
 
@@ -72,6 +72,15 @@ def load_choices() -> Choices:
     """The code that chooses tokens, once for the process."""
     objects = _objects(("choices",))
     return Choices(*(_link(*objects[name], ctypes.PYFUNCTYPE, 1) for name in ("choose", "rank")))
+
+
+@cache
+def load_page_guard(table: int) -> int:
+    """The address of :func:`engine.kernels.page_guard.native_code`'s handler, which has its table at that address."""
+    import llvmlite.binding as llvm
+
+    llvm.add_symbol("slipstream_guard_table", table)
+    return _place(*_objects(("page_guard",))["on_bus"])
 
 
 @cache
@@ -228,13 +237,15 @@ def _c_function(name: str) -> Any:
     return None if sys.platform == "win32" else getattr(ctypes.CDLL(None), name, None)
 
 
-# What reading experts takes, by the names that its code knows it by.
+# What reading experts and guarding mappings takes, by the names that their code knows it by.
 _POSIX = {
     "pread": "pread",
     "read": "read",
     "write": "write",
     "clock": "clock_gettime",
     "madvise": "madvise",
+    "mmap": "mmap",
+    "sigaction": "sigaction",
 }
 
 
