@@ -7,6 +7,7 @@ of it is shown. On Linux; elsewhere, and for mappings of other libraries, all st
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import platform
@@ -30,7 +31,7 @@ _table = np.zeros(fields.TABLE_FIELDS, np.int64)
 _lost = _table[fields.LOST : fields.ANY]
 _words = _table.data  # a number of which is read sooner so
 _files: dict[int, Path] = {}  # by their place in the table
-_lock = threading.Lock()
+_lock = threading.RLock()  # a mapping may be given up while another is noted, by the same thread
 
 
 def map_file(file: Path, writable: bool = False) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -46,23 +47,18 @@ def map_file(file: Path, writable: bool = False) -> np.ndarray[Any, np.dtype[np.
     return np.frombuffer(mapped, np.uint8)
 
 
-def guard_mapping(mapped: mmap.mmap, file: Path) -> bool:
-    """Have a page of ``mapped``, which is ``file``'s, be zeros when it cannot be read any more, as long as it is mapped.
-
-    Returns:
-        Whether that is so.
-    """
-    if len(mapped) == 0 or not _is_installed():
-        return False
+def guard_mapping(mapped: mmap.mmap, file: Path) -> None:
+    """Have a page of ``mapped``, which is ``file``'s, be zeros when it cannot be read any more, as long as it is mapped."""
+    if not _is_installed():
+        return
     begin = np.frombuffer(mapped, np.uint8).ctypes.data
     with _lock:
         place = next((number for number in range(fields.MOST) if number not in _files), None)
-        if place is None:
-            return False
+        if place is None:  # so many are guarded
+            return
         _files[place] = file
         _table[fields.BEGIN + place], _table[fields.END + place] = begin, begin + len(mapped)
     weakref.finalize(mapped, _forget, place).atexit = False
-    return True
 
 
 def check_mapped_files() -> None:
@@ -70,6 +66,7 @@ def check_mapped_files() -> None:
     ModelFileError: a page of a guarded file could not be read, and what was computed since may be wrong.
     """
     if _words[fields.ANY]:
+        gc.collect()  # a model that was given up is nobody's business
         with _lock:
             broken = [file for place, file in _files.items() if _lost[place]]
         if broken:

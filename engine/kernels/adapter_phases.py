@@ -16,23 +16,12 @@ from engine.kernels.control import (
     OWN_LOW_ROUNDED,
     OWN_RAISED,
     OWN_ROUNDED,
-    SCALES,
-    WEIGHT,
 )  # fmt: skip
-from engine.kernels.intrinsics import ask_for, get_i64
+from engine.kernels.intrinsics import get_i64
 from engine.kernels.matmul import multiply_block, prepare_rows
 from engine.kernels.rows import add_parts
 
 ADAPTER_TAG = np.int32(0)  # adapters and maps are int8, whatever the model's own format, and come again soon
-
-
-@compiled
-def ask_for_adapter(adapter: int) -> None:
-    """Have an adapter on its way into this thread's cache: so small a matrix is done before it has been read ahead."""
-    for half in range(2):
-        linear = adapter + 8 * half * LINEAR_FIELDS
-        ask_for(get_i64(linear + 8 * WEIGHT), get_i64(linear + 8 * OUTPUTS) * get_i64(linear + 8 * INPUTS))
-        ask_for(get_i64(linear + 8 * SCALES), 2 * get_i64(linear + 8 * OUTPUTS))
 
 
 @compiled

@@ -230,20 +230,29 @@ def exp_row(typingctx: Any, x: Any, top: Any, count: Any) -> Any:
     return types.float32(types.int64, types.float32, types.int64), codegen
 
 
+def _exp_total(builder: Any, gains: Any, base: Any, maximum: Any, scalar: Any, length: Any) -> Any:
+    """The sum of ``gains * exp((x - maximum) * scalar)`` over ``length`` floats ``x`` at ``base``; without gains: None."""
+    wide, scale = splat(builder, maximum), splat(builder, scalar)
+    total = cgutils.alloca_once_value(builder, constant(0.0))
+    builder.store(constant(0.0), total)
+    with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
+        value = builder.fsub(load(builder, _at(builder, base, index), VF32), wide)
+        value = _exp(builder, builder.fmul(value, scale))
+        so_far = builder.load(total)
+        if gains is None:
+            value = builder.fadd(so_far, value)
+        else:
+            value = fma(builder, load(builder, _at(builder, gains, index), VF32), value, so_far)
+        builder.store(value, total)
+    return reduce_tree(builder, builder.load(total))
+
+
 @intrinsic
 def exp_total(typingctx: Any, x: Any, top: Any, factor: Any, count: Any) -> Any:
     """The sum of ``exp((x - top) * factor)``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        base, maximum, scalar, length = args
-        wide, scale = splat(builder, maximum), splat(builder, scalar)
-        total = cgutils.alloca_once_value(builder, constant(0.0))
-        builder.store(constant(0.0), total)
-        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
-            value = builder.fsub(load(builder, _at(builder, base, index), VF32), wide)
-            value = _exp(builder, builder.fmul(value, scale))
-            builder.store(builder.fadd(builder.load(total), value), total)
-        return reduce_tree(builder, builder.load(total))
+        return _exp_total(builder, None, *args)
 
     return types.float32(types.int64, types.float32, types.float32, types.int64), codegen
 
@@ -253,16 +262,7 @@ def weighed_total(typingctx: Any, weights: Any, x: Any, top: Any, factor: Any, c
     """The sum of ``weights * exp((x - top) * factor)``."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        gains, base, maximum, scalar, length = args
-        wide, scale = splat(builder, maximum), splat(builder, scalar)
-        total = cgutils.alloca_once_value(builder, constant(0.0))
-        builder.store(constant(0.0), total)
-        with cgutils.for_range_slice(builder, I64(0), length, I64(LANES), I64) as (index, _):
-            value = builder.fsub(load(builder, _at(builder, base, index), VF32), wide)
-            value = _exp(builder, builder.fmul(value, scale))
-            gain = load(builder, _at(builder, gains, index), VF32)
-            builder.store(fma(builder, gain, value, builder.load(total)), total)
-        return reduce_tree(builder, builder.load(total))
+        return _exp_total(builder, *args)
 
     return types.float32(types.int64, types.int64, types.float32, types.float32, types.int64), codegen
 
