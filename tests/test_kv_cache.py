@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -105,6 +107,44 @@ def test_what_is_written_is_read_back(batch: int) -> None:
         assert part.count_nonzero() == wanted.count_nonzero()
     cache.copy_slot(130, 7)
     assert all(torch.equal(part[:, :, 7], part[:, :, 130]) for part in cache.read(1, 131))
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_no_memory_for_some_layers_leaves_all_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    cache, zeros, calls = KVCache(CONFIG, 64), torch.zeros, [0]
+    fill(cache, 0, 64)
+    before = [part.clone() for part in cached(cache, 64)]
+
+    def refuse_one(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == fails + 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return zeros(*arguments, **options)
+
+    monkeypatch.setattr(torch, "zeros", refuse_one)
+    with pytest.raises(OutOfMemoryError):
+        cache.ensure(65)
+    assert cache.capacity == 64 and cache.generation > 1  # whoever keeps addresses looks again
+    for old, part in zip(before, cached(cache, 64), strict=True):
+        assert part.shape == old.shape and torch.equal(part, old)
+    assert len({part.shape for part in cache.keys}) == len({part.shape for part in cache.values}) == 1
+
+
+def test_growth_takes_little_beside_what_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, most, resized = KVCache(CONFIG, 64), [0], KVCache._resized
+    fill(cache, 0, 64)
+    layer = cache.nbytes // CONFIG.num_layers
+
+    def watch(self: KVCache, old: torch.Tensor, form: Any) -> torch.Tensor:
+        new = resized(self, old, form)
+        most[0] = max(most[0], self.nbytes + new.nbytes)
+        return new
+
+    monkeypatch.setattr(KVCache, "_resized", watch)
+    cache.ensure(128)
+    assert most[0] <= cache.nbytes + layer
 
 
 def test_no_memory_is_a_sentence_and_leaves_the_cache_usable(monkeypatch: pytest.MonkeyPatch) -> None:

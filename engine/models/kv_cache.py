@@ -6,6 +6,8 @@ overwrite the rest. Capacity doubles on demand, so a short chat does not pay for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -97,18 +99,40 @@ class KVCache:
         heads, size = (self._batch, config.num_kv_heads), config.head_dim
         shape = (*heads, capacity, size)
         blocks = (*heads, capacity // KEY_BLOCK, size, KEY_BLOCK) if self._in_blocks else shape
+        if not self.keys:
+            self.keys, self.values = ([torch.empty(0)] * config.num_layers for _ in range(2))
+        before = [[part.shape for part in parts] for parts in (self.keys, self.values)]
         try:
-            # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN would not be zero.
-            keys, values = (
-                [torch.zeros(form, dtype=self._dtype, device=self._device) for _ in range(config.num_layers)]
-                for form in (blocks, shape)
-            )
+            # Layer by layer: the old ones of all layers beside the new would take half as much again.
+            for place in range(config.num_layers):
+                self.keys[place] = self._resized(self.keys[place], blocks)
+                self.values[place] = self._resized(self.values[place], shape)
         except (RuntimeError, MemoryError) as error:
+            if self.capacity:
+                self._give_back(*before)
             raise OutOfMemoryError(
                 f"There is not enough memory for a context of {capacity} tokens; "
                 "start a new chat or close other programs."
             ) from error
-        self.move(keys, values)
+        self.capacity = capacity
+        self.generation += 1
+
+    def _resized(self, old: Tensor, form: Sequence[int]) -> Tensor:
+        """A tensor of that form, with what both have room for."""
+        # Zeros, not empty: masked slots are multiplied by zero, and 0 * NaN would not be zero.
+        new = torch.zeros(form, dtype=self._dtype, device=self._device)
+        if old.numel():
+            common = min(old.shape[2], form[2])
+            new[:, :, :common] = old[:, :, :common]
+        return new
+
+    def _give_back(self, *before: Sequence[Sequence[int]]) -> None:
+        """Some layers have grown, and the others cannot: make all keys and values of the forms that they had."""
+        for parts, forms in zip((self.keys, self.values), before, strict=True):
+            for place, form in enumerate(forms):
+                if parts[place].shape != form:
+                    parts[place] = self._resized(parts[place], form)
+                    self.generation += 1
 
     def move(self, keys: list[Tensor], values: list[Tensor]) -> None:
         """Go on in other tensors, at least as large; what is there is copied."""
