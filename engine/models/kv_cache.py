@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from engine.errors import OutOfMemoryError
+from engine.hardware import return_free_memory
 from engine.models.config import ModelConfig
 
 KEY_BLOCK = 64  # slots
+_LARGE = 1 << 20  # bytes of a layer's values; less is not worth giving back
 
 
 class KVCache:
@@ -105,6 +107,8 @@ class KVCache:
         try:
             # Layer by layer: the old ones of all layers beside the new would take half as much again.
             for place in range(config.num_layers):
+                if self.values[place].nbytes >= _LARGE:
+                    return_free_memory()  # of the layers before, and what a prompt has left behind
                 self.keys[place] = self._resized(self.keys[place], blocks)
                 self.values[place] = self._resized(self.values[place], shape)
         except (RuntimeError, MemoryError) as error:
