@@ -101,8 +101,9 @@ class KVCache:
         heads, size = (self._batch, config.num_kv_heads), config.head_dim
         shape = (*heads, capacity, size)
         blocks = (*heads, capacity // KEY_BLOCK, size, KEY_BLOCK) if self._in_blocks else shape
-        if not self.keys:
-            self.keys, self.values = ([torch.empty(0)] * config.num_layers for _ in range(2))
+        # Lists of its own: those that it was moved to are somebody else's as well.
+        nothing = [torch.empty(0)] * config.num_layers
+        self.keys, self.values = list(self.keys or nothing), list(self.values or nothing)
         before = [[part.shape for part in parts] for parts in (self.keys, self.values)]
         try:
             # Layer by layer: the old ones of all layers beside the new would take half as much again.
