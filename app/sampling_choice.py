@@ -8,10 +8,6 @@ from dataclasses import asdict
 from app.preferences import HOUSE_SAMPLING, Preferences
 from engine.requests import SamplingParams
 
-_LABELS = {
-    "temperature": "temperature", "top_p": "top p", "top_k": "top k", "min_p": "min p",
-    "repetition_penalty": "repetition penalty",
-}  # fmt: skip
 # What the page's sliders can show.
 RANGES = {
     "temperature": (0.0, 2.0), "top_p": (0.05, 1.0), "top_k": (0, 200), "min_p": (0.0, 1.0),
@@ -42,8 +38,8 @@ def explained(values: Mapping[str, float], recommended: SamplingParams | None) -
         return "Sampling is set as the model's authors recommend."
     off = asdict(SamplingParams())
     named = [
-        f"{label} {advice[name]:g}"
-        for name, label in _LABELS.items()
-        if name == "temperature" or advice[name] != off[name]
+        f"{name.replace('_', ' ')} {value:g}"
+        for name, value in advice.items()
+        if name == "temperature" or value != off[name]
     ]
     return f"The model's authors recommend {', '.join(named)}."

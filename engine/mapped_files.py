@@ -62,8 +62,10 @@ def guard_mapping(mapped: mmap.mmap, file: Path) -> None:
 
 
 def check_mapped_files() -> None:
-    """Raises:
-    ModelFileError: a page of a guarded file could not be read, and what was computed since may be wrong.
+    """Make sure that all that was read from guarded files was there.
+
+    Raises:
+        ModelFileError: it was not, and what was computed since may be wrong.
     """
     if _words[fields.ANY]:
         gc.collect()  # a model that was given up is nobody's business

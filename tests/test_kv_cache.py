@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -133,18 +134,21 @@ def test_no_memory_for_some_layers_leaves_all_as_they_were(
 
 
 def test_growth_takes_little_beside_what_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, most, resized = KVCache(CONFIG, 64), [0], KVCache._resized
+    cache, resized, most = KVCache(CONFIG, 64), KVCache._resized, 0
     fill(cache, 0, 64)
     layer = cache.nbytes // CONFIG.num_layers
+    seen = [weakref.ref(part) for part in (*cache.keys, *cache.values)]
 
     def watch(self: KVCache, old: torch.Tensor, form: Any) -> torch.Tensor:
+        nonlocal most
         new = resized(self, old, form)
-        most[0] = max(most[0], self.nbytes + new.nbytes)
+        seen.append(weakref.ref(new))
+        most = max(most, sum(part.nbytes for reference in seen if (part := reference()) is not None))
         return new
 
     monkeypatch.setattr(KVCache, "_resized", watch)
     cache.ensure(128)
-    assert most[0] <= cache.nbytes + layer
+    assert len(seen) == 4 * CONFIG.num_layers and cache.nbytes <= most <= cache.nbytes + layer
 
 
 def test_no_memory_is_a_sentence_and_leaves_the_cache_usable(monkeypatch: pytest.MonkeyPatch) -> None:
