@@ -14,6 +14,7 @@ from engine.decoding.base import TokenSequence
 from engine.decoding.costs import RoundCosts
 from engine.decoding.draft_plan import MOST_DRAFTS, DraftPlan
 from engine.decoding.sampling import Sampler
+from engine.kernels import draft_head
 from engine.kernels.drafter import FusedDrafter
 from engine.models.loader import load_decoder
 from engine.models.stepper import make_stepper
@@ -119,8 +120,9 @@ def test_as_many_as_are_asked_for(
     assert len(drafted.slow) == (drafts if weight_format == "int4" else 0)
 
 
-def test_where_no_draft_can_be_told_there_is_none(tmp_path: Path) -> None:
+def test_where_no_draft_can_be_told_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly all of very many tokens are as likely."""
+    monkeypatch.setattr(draft_head, "MOST_ROWS", 8192)
     decoder = load_decoder(tiny.save_model(tmp_path, num_hidden_layers=4, vocab_size=9024), "int4")
     made = accelerator(decoder)
     made.draft_vocab = torch.arange(8192)

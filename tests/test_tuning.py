@@ -217,6 +217,20 @@ def test_what_a_row_writes_does_not_depend_on_the_others(model: Path) -> None:
         assert torch.equal(alone.tokens[0, :length], together.tokens[row, :length])
 
 
+def test_a_sampled_token_comes_as_often_as_the_model_has_it(model: Path) -> None:
+    decoder, rows, heat = load_decoder(model, "fp32"), 4000, 0.7
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        text = generate_continuations(decoder, [[5, 9, 30]] * rows, [heat] * rows, 1, [])
+    hidden = run_teacher(decoder, torch.tensor([[5, 9, 30]]), 0).final[:, -1:]
+    logits = decoder.weights.lm_head(hidden * decoder.weights.final_norm)[0, 0]
+    expected = rows * (logits / heat).softmax(-1)
+    counts = torch.bincount(text.tokens[:, 3].long(), minlength=len(expected))
+    often = expected > 5
+    surprise = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    assert often.sum() > 20 and abs(surprise - often.sum()) < 4 * (2 * often.sum()) ** 0.5
+
+
 def test_agreement_on_suites_goes_into_the_card(
     model: Path, prompts: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,7 +309,7 @@ def test_states_beyond_the_budget_are_computed_again(
     assert batch.finals is not None
     for row, length in enumerate(batch.sequences.lengths.tolist()):
         torch.testing.assert_close(
-            batch.finals[row, :length].float(), again[row, :length], atol=0.02, rtol=0.02
+            batch.finals[row, :length].float(), again[row, :length].float(), atol=0.02, rtol=0.02
         )
     assert half.corpus.batch((~half.corpus.kept).nonzero()[:2, 0], torch.device("cpu")).finals is None
     path = tune(replace(request, disk_budget=states // 2), tmp_path / "other")

@@ -57,7 +57,7 @@ class M2R2Decoding:
         self._drift = Drift()
         # The last verified position's state is a row of these; the prefill keeps none.
         self._states: Tensor | None = None
-        self._row = 0
+        self._row = self._taken_up = 0  # the latter: tokens of the text that the drafter knows of
         self._index = ContextIndex(sequence.ids)
 
     def step(self, max_tokens: int) -> Step:
@@ -151,7 +151,9 @@ class M2R2Decoding:
         """As far as the controller will have it; None: not at all."""
         if self._states is None or (plan := self._controller.plan(limit, self._drift)) is None:
             return None
-        self._plan = plan
+        self._plan, ids = plan, self._sequence.ids
+        self._drafter.take_up(ids[self._taken_up :])
+        self._taken_up = len(ids)
         return self._drafter.draft_round(self._sequence, self._states, self._row, plan)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,17 +17,14 @@ from engine.decoding.native_memory import address, numbers
 from engine.decoding.ranking import Candidates, Rank, likeliest
 from engine.kernels import control, plan_fields
 from engine.kernels.adapters import describe_adapter, int8_map
+from engine.kernels.draft_head import DraftHead
 from engine.kernels.draft_layers import use_copies
 from engine.kernels.expert_stepper import FusedExpertStepper, Side
 from engine.kernels.stepper import MAX_ROWS, FusedStepper
 from engine.models.kv_cache import KVCache
-from engine.quantization.base import Linear
-from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
 from engine.residuals.accelerator import Accelerator
-from engine.residuals.drafter import Draft, Drafted, StepwiseDrafter, cut_head, whole_blocks
+from engine.residuals.drafter import Draft, Drafted, StepwiseDrafter
 from engine.threads import use_threads
-
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,6 @@ class FusedDrafter(StepwiseDrafter):
         decoder, table = stepper.decoder, stepper.table
         self.stepper = stepper
         self.depth = accelerator.config.depth
-        vocab = whole_blocks(accelerator.draft_vocab)
-        self._vocab = vocab.numpy()
         self._adapters = np.zeros((self.depth, control.ADAPTER_FIELDS), np.int64)
         self._sides: dict[int, Side] = {}  # of the layers with experts
         for index in range(self.depth):
@@ -109,7 +104,7 @@ class FusedDrafter(StepwiseDrafter):
                 at = self._adapters[index].ctypes.data
                 self._sides[index] = Side(1, {place: at + n * step for n, place in enumerate(places)})
         self._parts = _parts(self.depth, self._sides)
-        head = _draft_head(stepper, vocab)
+        self._head = DraftHead(decoder.weights.lm_head, accelerator.draft_vocab, stepper.draft_head_is_int4)
         layers, kept = stepper.layers, self.depth
         if stepper.drafts_on_copies:  # behind the head, which takes more memory to make
             records = stepper.copy_layers()
@@ -119,7 +114,7 @@ class FusedDrafter(StepwiseDrafter):
         start = 0
         if accelerator.start is not None:
             start = table.describe(int8_map(accelerator.start)).ctypes.data
-        self._weights = np.zeros(head.out_features, np.float32)
+        self._weights = np.zeros(len(self._head.tokens), np.float32)
         self._total_and_best = np.zeros(2, np.float32)
         size = decoder.config.hidden_size
         self._slots = itertools.cycle([_slot(size) for _ in range(MAX_ROWS)])
@@ -130,7 +125,7 @@ class FusedDrafter(StepwiseDrafter):
             control.DRAFT_LAYERS: layers,
             control.ADAPTERS: self._adapters.ctypes.data,
             control.START_MAP: start,
-            control.DRAFT_HEAD: table.describe(head).ctypes.data,
+            control.DRAFT_HEAD: table.describe(self._head.linear).ctypes.data,
             control.NO_GAIN: table.vector(torch.ones(size)),
             control.DRAFT_LOGITS: self._weights.ctypes.data,
             control.DRAFT_TOTAL: self._total_and_best.ctypes.data,
@@ -148,6 +143,9 @@ class FusedDrafter(StepwiseDrafter):
         stepper.reserve_adapters(
             max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
         )
+
+    def take_up(self, ids: Sequence[int]) -> None:
+        self._head.take_up(ids)
 
     def draft(
         self,
@@ -171,14 +169,14 @@ class FusedDrafter(StepwiseDrafter):
                 rows = slot.rows
         total, best = self._total_and_best.tolist()
         slow_state = None if stepper.drafts_on_copies else slot.slow_state
-        ranked = rank(Candidates(self._vocab, self._weights, total, best), least)
+        ranked = rank(Candidates(self._head.tokens, self._weights, total, best), least)
         return Draft(*ranked[0], slow_state, slot.exit_state, ranked[1:])
 
     def draft_round(self, sequence: TokenSequence, states: Tensor, row: int, plan: DraftPlan) -> Drafted:
         """In one command, unless layers have experts."""
         task = None
         if not self._sides:
-            task = sequence.sampler.draft_task(sequence.ids, self._vocab, self._weights)
+            task = sequence.sampler.draft_task(sequence.ids, self._head.tokens, self._weights)
         if task is None:
             return super().draft_round(sequence, states, row, plan)
         stepper, position, fields = self.stepper, sequence.cache.length, self._round_fields
@@ -228,15 +226,3 @@ def _parts(depth: int, sparse: Container[int]) -> list[range | int]:
             found.append(end)
             end += 1
         index = end
-
-
-def _draft_head(stepper: FusedStepper, vocab: Tensor) -> Linear:
-    """The head's rows of the draft vocabulary: its own int4 codes, or rounded to int4 (int8 where this
-    torch's int4 layout is not known)."""
-    head = stepper.decoder.weights.lm_head
-    if isinstance(head, Int4Linear):
-        return cut_head(stepper.decoder, vocab)
-    rows = head.dequantize()[vocab]
-    if stepper.draft_head_is_int4:
-        return Int4Format().pack(quantize_groups(rows), None, _CPU)
-    return int8_map(rows)

@@ -149,6 +149,11 @@ def _quantize_rows(weight: Tensor) -> GroupQuantized:
     return GroupQuantized(codes.to(torch.uint8).view(rows, columns), scale, zero - 8 * scale)
 
 
+def scales_and_zeros(groups: GroupQuantized) -> Tensor:
+    """As torch and our kernels take them: bf16 ``[N, K / 32, 2]``, for ``w = (code - 8) * scale + zero``."""
+    return torch.stack((groups.scale, groups.minimum + 8 * groups.scale), dim=-1).bfloat16()
+
+
 class Int4Format:
     """Four bits and a bf16 scale and zero per 32 weights: five bits per weight."""
 
@@ -183,20 +188,18 @@ class Int4Format:
         check_shape(self, weight)
         if not isinstance(weight, GroupQuantized):
             weight = quantize_groups(weight)
-        zero = weight.minimum + 8 * weight.scale
-        # [N, K/32] twice -> [K/32, N, 2]
-        scales_and_zeros = torch.stack((weight.scale, zero), dim=-1).transpose(0, 1).contiguous().bfloat16()
+        pairs = scales_and_zeros(weight).transpose(0, 1).contiguous()  # [K/32, N, 2]
         out_features, in_features = weight.codes.shape
         if device.type == "cpu":
             packed = _pack(weight.codes)
         else:
             codes = weight.codes.to(device)
             # tinygemm takes two codes a byte, the even column in the high half
-            pairs = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
-            packed = torch._convert_weight_to_int4pack(pairs, _inner_k_tiles(in_features))
-            scales_and_zeros = scales_and_zeros.to(device)
+            twos = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+            packed = torch._convert_weight_to_int4pack(twos, _inner_k_tiles(in_features))
+            pairs = pairs.to(device)
         bias = None if bias is None else bias.to(device=device, dtype=torch.bfloat16)
-        return Int4Linear(packed, scales_and_zeros, in_features, out_features, bias)
+        return Int4Linear(packed, pairs, in_features, out_features, bias)
 
     def bytes_per_weight(self) -> float:
         return 0.5 + 4 / GROUP_SIZE

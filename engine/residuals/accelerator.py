@@ -82,7 +82,7 @@ class Accelerator(nn.Module):
     """All trained parameters of one accelerated stream, kept in float32.
 
     Attributes:
-        draft_vocab: ``int64 [Vd]``, ascending token ids that can be drafted.
+        draft_vocab: ``int64 [Vd]``, token ids that can be drafted, the most frequent first.
     """
 
     draft_vocab: Tensor

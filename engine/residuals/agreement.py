@@ -21,6 +21,7 @@ from engine.requests import Message
 from engine.residuals.accelerator import Accelerator
 from engine.residuals.adapter_file import find_adapter, load_accelerator, read_card
 from engine.residuals.corpus import Sequences, generate_continuations
+from engine.residuals.precision import training_format
 from engine.residuals.training import Batch, Objective, TrainingConfig, evaluate
 from engine.residuals.tuning import EVALUATION_TOKENS
 from engine.residuals.tuning_store import cut, in_groups
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     try:
         files = {name: suite_path(name) for name in options.suites.split(",") if name}
         files |= {path.stem: path for path in options.prompts}
-        decoder, tokenizer = _load(options.model, options.device)
+        decoder, tokenizer = load(options.model, options.device)
         paths = options.adapter or [find_adapter(decoder)]
         if paths[0] is None:
             raise SlipstreamError("There is no accelerator for this model; tune it first.")
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
         found: dict[Path, dict[str, Any]] = {path: {} for path in paths}
         for name, file in files.items():
             texts = [prompt.turns[0] for prompt in load_prompts(file, options.limit)]
-            answers = _answers(decoder, tokenizer, texts, options.max_tokens)
+            answers = greedy_answers(decoder, tokenizer, texts, options.max_tokens)
             for path, accelerator in accelerators.items():
                 shares = agreement(decoder, accelerator, answers)
                 found[path][name] = {"tokens": answers.num_new_tokens, "agreement": shares}
@@ -94,17 +95,22 @@ def measured(found: dict[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
-def _load(model: str, device: str) -> tuple[Decoder, Tokenizer]:
+def load(model: str, device: str) -> tuple[Decoder, Tokenizer]:
+    """A model in a format that is measured in, and its tokenizer.
+
+    Raises: as :func:`engine.hub.resolve` and :func:`engine.models.loader.load_decoder`.
+    """
     from engine.loading import pick_device
     from engine.models.loader import load_decoder
     from engine.tokenizer import load_tokenizer
 
     device = pick_device(device)
     path = hub.resolve(model).path
-    return load_decoder(path, "fp32" if device == "cpu" else "bf16", device), load_tokenizer(path)
+    return load_decoder(path, training_format(device), device), load_tokenizer(path)
 
 
-def _answers(decoder: Decoder, tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> Sequences:
+def greedy_answers(decoder: Decoder, tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> Sequences:
+    """The model's greedy answers to ``texts``; those of very long ones are left out."""
     encoded = (tokenizer.encode_chat([Message("user", text)]) for text in texts)
     prompts = sorted((ids for ids in encoded if len(ids) <= _MAX_PROMPT), key=len)
     parts = []

@@ -143,9 +143,12 @@ class _Running:
 
     def _step(self, slots: Tensor) -> None:
         positions, alive, heat = self._positions, self._alive, self._heat
-        logits = _decode_rows(self._decoder, self._cache, self._current, positions, slots)
-        noise = torch.empty_like(logits).exponential_().clamp_(min=1e-20).log_()  # minus a Gumbel variable
-        chosen = torch.where(heat > 0, logits / heat.clamp(min=1e-4) - noise, logits).argmax(-1, keepdim=True)
+        logits = _decode_rows(self._decoder, self._cache, self._current, positions, slots).float()
+        # One random number a row, found among the sums of chances: one for each token takes longer than the model.
+        sums = (logits / heat.clamp(min=1e-4)).softmax(-1).cumsum(-1)
+        point = torch.rand_like(heat) * sums[:, -1:]
+        sampled = torch.searchsorted(sums, point, right=True).clamp(max=logits.shape[-1] - 1)
+        chosen = torch.where(heat > 0, sampled, logits.argmax(-1, keepdim=True))
         positions.add_(alive.long())
         kept = torch.where(alive[:, None], chosen, self._current)
         self._current.copy_(kept)

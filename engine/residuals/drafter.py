@@ -8,6 +8,7 @@ accelerated row only reads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -81,6 +82,9 @@ class Drafter(Protocol):
     def stepper(self) -> Stepper:
         """What verification continues on."""
 
+    def take_up(self, ids: Sequence[int]) -> None:
+        """Let the tokens of a text, or of a further part of it, be drafted from now on as well, if this drafter can."""
+
     def draft(
         self,
         token: int,
@@ -110,6 +114,9 @@ class Drafter(Protocol):
 
 class StepwiseDrafter:
     """A :class:`Drafter` whose rounds are put together here, from its single steps."""
+
+    def take_up(self, ids: Sequence[int]) -> None:
+        """It drafts what it was trained to draft, and nothing else."""
 
     def draft_round(self, sequence: TokenSequence, states: Tensor, row: int, plan: DraftPlan) -> Drafted:
         ids, cache, drafter = sequence.ids, sequence.cache, cast(Drafter, self)

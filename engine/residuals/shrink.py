@@ -97,7 +97,7 @@ def shrink(accelerator: Accelerator, rank: int, draft_vocab_size: int, counts: T
     smaller = Accelerator(config, accelerator.model)
     vocab = accelerator.draft_vocab
     kept = counts[vocab].argsort(descending=True, stable=True)[:draft_vocab_size]
-    smaller.draft_vocab = vocab[kept].sort().values
+    smaller.draft_vocab = vocab[kept]
     with torch.no_grad():
         smaller.exit.copy_(accelerator.exit)
         if smaller.start is not None and accelerator.start is not None:

@@ -150,15 +150,14 @@ class Objective:
         decoder, accelerator, config = self.decoder, self.accelerator, self.config
         device = decoder.device
         tokens = batch.sequences.tokens.long().to(device)
-        counted = _counted(batch.sequences, device).flatten()
+        counted = counted_positions(batch.sequences, device).flatten()
         teacher = run_teacher(decoder, tokens, accelerator.config.depth, batch.finals)
         final = teacher.final.flatten(0, 1)[counted]
         with torch.no_grad():
             full = decoder.weights.lm_head(final * decoder.weights.final_norm.to(final.dtype))
-            top = full.argmax(-1)
-            target = full[:, accelerator.draft_vocab.to(device)].float().softmax(-1)
-            hard = target.argmax(-1)
-            in_vocab = accelerator.draft_vocab.to(device)[hard] == top
+            logits = full[:, accelerator.draft_vocab.to(device)].float()
+            target, hard = logits.softmax(-1), logits.argmax(-1)
+            in_vocab = logits.amax(-1) == full.amax(-1).float()  # the model's choice can be drafted at all
         condition = shift_right(teacher.final) if accelerator.config.conditioned else None
         loss = torch.zeros((), device=device)
         agreements = []
@@ -171,7 +170,10 @@ class Objective:
             align = F.smooth_l1_loss(chosen.float(), final.float())
             weight = config.pass_decay**ahead
             loss = loss + weight * ((1 - config.hard) * soft + config.hard * exact + config.alignment * align)
-            agreements.append(((log_q.argmax(-1) == hard) & in_vocab).float().mean().detach())
+            is_best = log_q.gather(-1, hard[:, None])[:, 0] == log_q.amax(
+                -1
+            )  # argmax takes ten times as long
+            agreements.append((is_best & in_vocab).float().mean().detach())
             if accelerator.config.conditioned:
                 condition = shift_right(exit_state)
             else:
@@ -179,7 +181,7 @@ class Objective:
         return loss, agreements
 
 
-def _counted(batch: Sequences, device: torch.device) -> Tensor:
+def counted_positions(batch: Sequences, device: torch.device) -> Tensor:
     """Positions whose next token the model wrote, bool ``[B, T]``."""
     position = torch.arange(batch.tokens.shape[1], device=device)
     first, last = batch.prompt_lengths.to(device)[:, None] - 1, batch.lengths.to(device)[:, None] - 1
@@ -325,7 +327,7 @@ class ExitFit:
         """Count one batch."""
         accelerator, decoder = self._accelerator, self._decoder
         tokens = batch.sequences.tokens.long().to(decoder.device)
-        counted = _counted(batch.sequences, decoder.device)
+        counted = counted_positions(batch.sequences, decoder.device)
         teacher = run_teacher(decoder, tokens, accelerator.config.depth, batch.finals)
         condition = shift_right(teacher.final) if accelerator.config.conditioned else None
         state = travel(accelerator, decoder, teacher, condition)

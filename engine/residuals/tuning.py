@@ -32,6 +32,7 @@ from engine.residuals.adapter_file import (
     tuned_dir,
 )
 from engine.residuals.corpus import Sequences
+from engine.residuals.precision import training_format
 from engine.residuals.stages import EVALUATE, INITIALISE, TRAIN, WRITE, Runner
 from engine.residuals.training import (
     Batch,
@@ -210,8 +211,9 @@ def prepare(
     set_threads(request.threads or usable_threads())
     model = hub.resolve(request.source, runner.on_progress, runner.cancel)
     tokenizer = load_tokenizer(model.path)
-    # A 4-bit file is trained on as what its codes stand for: gradients need matrices.
-    decoder = load_decoder(model.path, "fp32" if device == "cpu" else "bf16", device)
+    # A 4-bit file is trained on as what its codes stand for: gradients need matrices. Routers are measured in float32.
+    weight_format = training_format(device) if drafts or device != "cpu" else "fp32"
+    decoder = load_decoder(model.path, weight_format, device)
     if drafts and request.accelerator.depth >= decoder.config.num_layers:
         raise InvalidRequestError(
             f"A draft of {request.accelerator.depth} layers is no draft: the model has {decoder.config.num_layers}."

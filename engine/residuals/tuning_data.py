@@ -298,9 +298,9 @@ def num_weights(decoder: Decoder) -> int:
 
 
 def most_frequent(sequences: Sequences, size: int, vocab_size: int) -> Tensor:
-    """The ``size`` tokens that the model wrote most often, ascending: ``int64 [size]``. Ties go to low ids,
+    """The ``size`` tokens that the model wrote most often, the most frequent first: ``int64 [size]``. Ties go to low ids,
     which are the earlier merges of most tokenizers."""
     positions = torch.arange(sequences.tokens.shape[1])
     written = (positions >= sequences.prompt_lengths[:, None]) & (positions < sequences.lengths[:, None])
     counts = torch.bincount(sequences.tokens[written].long(), minlength=vocab_size)
-    return counts.argsort(descending=True, stable=True)[:size].sort().values
+    return counts.argsort(descending=True, stable=True)[:size]

@@ -1,0 +1,134 @@
+"""Draft heads that take up the tokens of a text: which rows change, and that they draft what the whole head would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from engine.decoding.base import TokenSequence
+from engine.decoding.draft_plan import DraftPlan
+from engine.decoding.sampling import Sampler
+from engine.kernels import draft_head
+from engine.kernels.draft_head import DraftHead
+from engine.kernels.drafter import FusedDrafter
+from engine.models.loader import load_decoder
+from engine.models.stepper import make_stepper
+from engine.quantization.int4 import Int4Linear
+from engine.quantization.int4_layout import TiledRows
+from engine.requests import SamplingParams
+from engine.residuals.draft_vocabulary import DraftVocabulary
+from engine.residuals.drafter import Drafter, make_drafter
+from tests import tiny
+from tests.test_m2r2 import FUSED, PROMPT, accelerator, fixed, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model"), num_hidden_layers=4, vocab_size=336)
+
+
+def test_tokens_of_the_text_take_the_last_rows_in_turn() -> None:
+    vocabulary = DraftVocabulary(torch.arange(100, 110))
+    assert dict(vocabulary.join([100, 7, 109, 7])) == {8: 7}
+    assert vocabulary.tokens.tolist() == [*range(100, 108), 7, 109]
+    # 109 is there; the third new token takes the place of the first, which may come again
+    assert dict(vocabulary.join([109, 8, 9])) == {8: 9, 9: 8}
+    assert dict(vocabulary.join([9, 8, 107])) == {}
+    assert dict(vocabulary.join([7])) == {9: 7}
+    assert vocabulary.tokens.tolist() == [*range(100, 108), 9, 7]
+
+
+def test_of_a_text_with_too_many_rare_tokens_the_latest_are_kept() -> None:
+    vocabulary = DraftVocabulary(torch.arange(10))
+    assert dict(vocabulary.join(range(50, 99))) == {8: 98, 9: 97}
+
+
+def test_a_vocabulary_without_room_stays_as_it_is() -> None:
+    vocabulary = DraftVocabulary(torch.arange(4))
+    assert not vocabulary.join([9])
+    assert vocabulary.tokens.tolist() == [0, 1, 2, 3]
+
+
+def test_rows_move_between_tiled_matrices_code_by_code() -> None:
+    from engine.quantization.int4 import Int4Format
+
+    torch.manual_seed(0)
+    matrices = []
+    for outputs in (64, 112):
+        packed = Int4Format().pack(torch.randn(outputs, 96), None, torch.device("cpu"))
+        assert isinstance(packed, Int4Linear)
+        packed.tile()
+        matrices.append(packed)
+    rows = [TiledRows(m.packed, m.scales_and_zeros, 96) for m in matrices]
+    assert [each.count for each in rows] == [64, 96]  # the last 16 are not tiled
+    target, source = (m.dequantize() for m in matrices)
+    for row, other in ((0, 95), (17, 3), (63, 16), (1, 0), (1, 80)):
+        rows[0].put(row, *rows[1].get(other))
+        target[row] = source[other]
+    assert torch.equal(matrices[0].dequantize(), target)
+
+
+@pytest.mark.parametrize("weight_format", FUSED)
+def test_a_token_of_the_text_gets_the_row_that_it_would_have_had(
+    folder: Path, weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of the model's head, and behind the last of them."""
+    stepper = make_stepper(load_decoder(folder, weight_format))
+    head = stepper.decoder.weights.lm_head
+    monkeypatch.setattr(draft_head, "MOST_ROWS", 64)
+    small = DraftHead(head, torch.arange(200), True)
+    small.take_up([250, 5, 319, 327, 320])
+    assert set(small.tokens.tolist()) >= {250, 5, 319, 320, 327}
+    monkeypatch.setattr(draft_head, "MOST_ROWS", 384)
+    whole = DraftHead(head, torch.arange(336), True)
+    assert whole.tokens.tolist() == [*range(336), *[335] * 48]
+    weights = whole.linear.dequantize()
+    assert torch.equal(small.linear.dequantize(), weights[torch.from_numpy(small.tokens)])
+
+
+@pytest.mark.parametrize("weight_format", FUSED)
+def test_a_token_outside_the_vocabulary_is_drafted_once_the_text_has_it(
+    folder: Path, weight_format: str
+) -> None:
+    decoder = load_decoder(folder, weight_format)
+    made = accelerator(decoder)
+    made.draft_vocab = torch.arange(64)
+    drafter = cast(FusedDrafter, make_drafter(make_stepper(decoder), made))
+    text, plan, drafted = list(range(200, 212)), DraftPlan(), set[int]()
+    plan.force(1, 1.0)
+    states = torch.randn(64, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def draft() -> None:
+        cache = decoder.new_cache(64)
+        sequence = TokenSequence(list(PROMPT), cache, Sampler(SamplingParams()), len(PROMPT))
+        for row in range(len(states)):
+            drafted.update(drafter.draft_round(sequence, states, row, plan).tokens)
+
+    draft()
+    assert drafted and max(drafted) < 64
+    drafter.take_up(text)
+    draft()
+    new = {token for token in drafted if token >= 64}
+    assert new and new <= set(text)
+
+
+@pytest.mark.parametrize("weight_format", FUSED)
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(0.9, seed=2)], ids=str)
+def test_the_text_stays_the_models_own_whatever_the_head_has_taken_up(
+    folder: Path, weight_format: str, params: SamplingParams
+) -> None:
+    stepper = make_stepper(load_decoder(folder, weight_format))
+    made = accelerator(stepper.decoder)
+    made.draft_vocab = torch.arange(64)
+    drafter: Drafter = make_drafter(stepper, made)
+    expected, _ = run(stepper, None, 60, params=params)
+    drafter.take_up(list(range(300, 336)))  # of another text
+    ids, rounds = run(stepper, fixed(drafter, 3), 60, params=params)
+    assert ids == expected and any(drafted for drafted, _ in rounds)
+    taken_up = set(cast(FusedDrafter, drafter)._head.tokens.tolist()) - set(range(64))
+    assert taken_up & set(ids)
