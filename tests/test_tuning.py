@@ -28,7 +28,7 @@ from engine.residuals.ablation import OwnKeysObjective, ablate, draft_cost, pred
 from engine.residuals.accelerator import Accelerator, AcceleratorConfig
 from engine.residuals.adapter_file import find_adapter, load_accelerator, read_card
 from engine.residuals.command import parse_size
-from engine.residuals.corpus import generate_continuations
+from engine.residuals.corpus import causal_attention, generate_continuations
 from engine.residuals.stages import Runner
 from engine.residuals.training import (
     Batch,
@@ -215,6 +215,19 @@ def test_what_a_row_writes_does_not_depend_on_the_others(model: Path) -> None:
         length = int(alone.lengths[0])
         assert length == int(together.lengths[row]) and together.prompt_lengths[row] == len(prompt)
         assert torch.equal(alone.tokens[0, :length], together.tokens[row, :length])
+
+
+def test_attention_with_gradients_is_the_same_in_bf16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 40, heads, 16, generator=generator) for heads in (6, 2, 2))
+    exact = causal_attention(q.requires_grad_(True), k, v)
+    narrow = q.detach().bfloat16().requires_grad_(True)
+    out = causal_attention(narrow, k.bfloat16(), v.bfloat16())
+    torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
+    for each in (exact, out):
+        each.float().square().sum().backward()
+    assert q.grad is not None and narrow.grad is not None
+    torch.testing.assert_close(narrow.grad.float(), q.grad, atol=0.08, rtol=0.08)
 
 
 def test_a_sampled_token_comes_as_often_as_the_model_has_it(model: Path) -> None:

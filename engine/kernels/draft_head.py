@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.kernels.adapters import int8_map
-from engine.quantization.base import GroupQuantized, Linear
+from engine.kernels.head_kinds import BF16, FP32, INT4, INT8, INT8_BLOCK
+from engine.kernels.native import load_draft_rows
+from engine.quantization.base import Linear
 from engine.quantization.dense import DenseLinear
-from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups, scales_and_zeros
-from engine.quantization.int4_layout import TiledRows
+from engine.quantization.int4 import Int4Format, Int4Linear, quantize_groups
+from engine.quantization.int4_layout import BLOCK
 from engine.quantization.int8 import Int8Linear
 from engine.residuals.draft_vocabulary import MOST_ROWS, DraftVocabulary
 from engine.residuals.drafter import whole_blocks
-from engine.threads import use_threads
 
 _CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ class DraftHead:
     join.
 
     Args:
-        head: the model's, tiled if it is int4.
+        head: the model's, in tiles if it is int4 or int8; it has to outlive this one.
         frequent: ``int64 [N]``, the most frequent first.
 
     Attributes:
@@ -37,50 +37,55 @@ class DraftHead:
     """
 
     def __init__(self, head: Linear, frequent: Tensor, is_int4: bool) -> None:
-        self._head = head
-        self._rows: TiledRows | None = None
+        self._vocabulary: DraftVocabulary | None = None
         if not is_int4:
             vocabulary = whole_blocks(frequent)
             self.linear: Linear = int8_map(_floats_of(head, vocabulary))
             self.tokens = vocabulary.numpy()
             return
         vocabulary = whole_blocks(frequent[:MOST_ROWS])
-        groups = _groups_of(head, vocabulary)
-        linear = Int4Format().pack(groups, None, _CPU)
+        rows = (
+            head.rows(vocabulary)
+            if isinstance(head, Int4Linear)
+            else quantize_groups(_floats_of(head, vocabulary))
+        )
+        linear = Int4Format().pack(rows, None, _CPU)
         assert isinstance(linear, Int4Linear)
         linear.tile()
         self.linear = linear
-        self._rows = TiledRows(linear.packed, linear.scales_and_zeros, linear.in_features)
-        self._source = None
-        if isinstance(head, Int4Linear):
-            self._source = TiledRows(head.packed, head.scales_and_zeros, head.in_features)
-        self._vocabulary = DraftVocabulary(vocabulary)
+        self._source, end = _source(head)
+        self._target = linear.packed.data_ptr(), linear.scales_and_zeros.data_ptr()
+        self._take_row = load_draft_rows()
+        self._vocabulary = DraftVocabulary(vocabulary, end)
         self.tokens = self._vocabulary.tokens
 
     def take_up(self, ids: Sequence[int]) -> None:
         """Let these tokens of a text be drafted from now on."""
-        rows, source = self._rows, self._source
-        if rows is None or not (changed := self._vocabulary.join(ids)):
-            return
-        if source is not None and all(token < source.count for _, token in changed):
-            for row, token in changed:
-                rows.put(row, *source.get(token))
-            return
-        with use_threads(1):  # torch's own would keep the cores awake
-            groups = _groups_of(self._head, torch.tensor([token for _, token in changed]))
-            pairs = scales_and_zeros(groups).view(torch.uint8).flatten(1)
-        words = groups.codes.numpy().view(np.uint32), pairs.numpy().view(np.uint32)
-        for (row, _), codes, pair in zip(changed, *words, strict=True):
-            rows.put(row, codes, pair)
-
-
-def _groups_of(head: Linear, tokens: Tensor) -> GroupQuantized:
-    return head.rows(tokens) if isinstance(head, Int4Linear) else quantize_groups(_floats_of(head, tokens))
+        if self._vocabulary is not None:
+            for row, token in self._vocabulary.join(ids):
+                self._take_row(*self._source, token, *self._target, row, self.linear.in_features)
 
 
 def _floats_of(head: Linear, tokens: Tensor) -> Tensor:
-    """Rows of a head in another format, float32."""
-    if isinstance(head, Int8Linear):
+    """Rows of the model's head, float32."""
+    if isinstance(head, (Int4Linear, Int8Linear)):
         return head.rows(tokens).dequantize()
     assert isinstance(head, DenseLinear)
     return head.weight[tokens].float()
+
+
+def _source(head: Linear) -> tuple[tuple[int, int, int], int]:
+    """What a head is made of and where it lies, as :mod:`engine.kernels.draft_rows` says, and how many of its rows that
+    reads: of a matrix in tiles, those of whole ones."""
+    if isinstance(head, Int4Linear):
+        addresses = head.packed.data_ptr(), head.scales_and_zeros.data_ptr()
+        return (INT4, *addresses), head.out_features // BLOCK * BLOCK
+    if isinstance(head, Int8Linear):
+        addresses = head.weight.data_ptr(), head.scales.data_ptr()
+        return (
+            INT8,
+            *addresses,
+        ), head.out_features // INT8_BLOCK * INT8_BLOCK
+    assert isinstance(head, DenseLinear)
+    kind = BF16 if head.weight.dtype == torch.bfloat16 else FP32
+    return (kind, head.weight.data_ptr(), 0), head.out_features

@@ -361,3 +361,24 @@ def get_i8(typingctx: Any, address: Any) -> Any:
         return builder.zext(load(builder, args[0], I8), I64)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def get_u32(typingctx: Any, address: Any) -> Any:
+    """The unsigned 32 bits at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.zext(load(builder, args[0], I32), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def put_u32(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store the low 32 bits of an int64 at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        store(builder, builder.trunc(args[1], I32), args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

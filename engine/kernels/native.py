@@ -25,7 +25,8 @@ from typing import Any
 from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
-_MODULES = ("loads", "turns", "foretell", "choices", "page_guard")  # that are compiled once for all models
+# That are compiled once for all models.
+_MODULES = ("loads", "turns", "foretell", "choices", "draft_rows", "page_guard")
 _TIMEOUT = 600.0  # seconds: much longer than it takes
 
 
@@ -59,6 +60,12 @@ def load_foretell() -> Callable[[int, int, int], None]:
     return _link(*_objects(("foretell",))["foretell"], ctypes.PYFUNCTYPE, 3)
 
 
+@cache
+def load_draft_rows() -> Callable[..., None]:
+    """:func:`engine.kernels.draft_rows.native_code`'s, once for the process. It keeps the interpreter lock."""
+    return _link(*_objects(("draft_rows",))["take_row"], ctypes.PYFUNCTYPE, 8)
+
+
 @dataclass(frozen=True)
 class Choices:
     """How tokens are chosen; :func:`engine.kernels.choices.native_code` says what they do. Both keep the interpreter lock."""
@@ -86,7 +93,7 @@ def load_page_guard(table: int) -> int:
 @cache
 def load_program(kinds: Kinds) -> Program:
     """The code for ``kinds``, once for the process."""
-    soon = _MODULES if kinds.models == "experts" else ("choices",)
+    soon = _MODULES if kinds.models == "experts" else ("choices", "draft_rows")
     objects = _objects(astuple(kinds), *((module,) for module in soon))
     return Program(
         _link(*objects["work"], ctypes.CFUNCTYPE, 3),

@@ -149,11 +149,6 @@ def _quantize_rows(weight: Tensor) -> GroupQuantized:
     return GroupQuantized(codes.to(torch.uint8).view(rows, columns), scale, zero - 8 * scale)
 
 
-def scales_and_zeros(groups: GroupQuantized) -> Tensor:
-    """As torch and our kernels take them: bf16 ``[N, K / 32, 2]``, for ``w = (code - 8) * scale + zero``."""
-    return torch.stack((groups.scale, groups.minimum + 8 * groups.scale), dim=-1).bfloat16()
-
-
 class Int4Format:
     """Four bits and a bf16 scale and zero per 32 weights: five bits per weight."""
 
@@ -188,7 +183,9 @@ class Int4Format:
         check_shape(self, weight)
         if not isinstance(weight, GroupQuantized):
             weight = quantize_groups(weight)
-        pairs = scales_and_zeros(weight).transpose(0, 1).contiguous()  # [K/32, N, 2]
+        zero = weight.minimum + 8 * weight.scale
+        # [N, K/32] twice -> [K/32, N, 2]
+        pairs = torch.stack((weight.scale, zero), dim=-1).transpose(0, 1).contiguous().bfloat16()
         out_features, in_features = weight.codes.shape
         if device.type == "cpu":
             packed = _pack(weight.codes)

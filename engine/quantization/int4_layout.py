@@ -13,9 +13,7 @@ each is one stream. Of the last outputs, fewer than a block, the codes lie as to
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +22,6 @@ BLOCK = 32  # outputs of a tiled block
 _HALF = BLOCK // 2
 _TOGETHER = 4  # inputs of a line
 _OUTPUTS_AT_ONCE = 2048  # a multiple of all blocks
-_CODES = np.uint32(0x0F0F0F0F)  # in a word, of outputs of a block's first half
-
-Words: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 @cache
@@ -93,41 +88,6 @@ def tiled_scales(scales_and_zeros: Tensor) -> Tensor:
     full, tail = flat[: 2 * whole * groups], flat[2 * whole * groups :]
     full = full.view(-1, groups, BLOCK, 2).transpose(0, 1).flatten(1, 2)
     return torch.cat((full, tail.view(groups, outputs - whole, 2)), dim=1)
-
-
-class TiledRows:
-    """Single rows of a tiled matrix, to be moved from one to another: numpy, for few small numbers take torch far longer.
-
-    A row is its codes, four neighbouring ones to a word, ``uint32 [K / 4]``, and its scales and zeros, a pair to a word,
-    ``uint32 [K / 32]``.
-
-    Attributes:
-        count: how many rows there are; of the last ones, fewer than a block, none.
-    """
-
-    def __init__(self, packed: Tensor, scales_and_zeros: Tensor, in_features: int) -> None:
-        groups, outputs, _ = scales_and_zeros.shape
-        self.count = outputs // BLOCK * BLOCK
-        lines, pairs = packed.view(-1).numpy(), scales_and_zeros.view(torch.uint8).view(-1).numpy()
-        self._lines = (
-            lines[: self.count * in_features // 2].view(np.uint32).reshape(-1, in_features // 4, _HALF)
-        )
-        self._pairs = pairs[: self.count * groups * 4].view(np.uint32).reshape(-1, groups, BLOCK)
-
-    def get(self, row: int) -> tuple[Words, Words]:
-        words, shift, pairs = self._place(row)
-        return words >> shift & _CODES, pairs
-
-    def put(self, row: int, codes: Words, pairs: Words) -> None:
-        words, shift, own_pairs = self._place(row)
-        words[:] = words & ~(_CODES << shift) | codes << shift
-        own_pairs[:] = pairs
-
-    def _place(self, row: int) -> tuple[Words, np.uint32, Words]:
-        """Where a row lies: words that it shares with another, by how many bits its codes are shifted there, and its pairs."""
-        block, place = divmod(row, BLOCK)
-        half, place_in_half = divmod(place, _HALF)
-        return self._lines[block, :, place_in_half], np.uint32(4 * half), self._pairs[block, :, place]
 
 
 def _pieces(packed: Tensor, in_features: int) -> tuple[Tensor, ...]:

@@ -180,7 +180,8 @@ def draft_cost(decoder: Decoder, config: AcceleratorConfig) -> dict[str, float]:
     """What one draft step costs, against one token of the model: multiplications and bytes of weights.
 
     Bytes are those of int4 base weights and bfloat16 adapters; the slow and the accelerated row of a draft
-    step go through each base matrix together, so its bytes count once and its multiplications twice.
+    step go through each base matrix together, so its bytes count once and its multiplications twice. The head is that of
+    all tokens that can be drafted; on a CPU there are at most ``MOST_ROWS`` at a time.
     """
     model = decoder.config
     layer = decoder.layers[0]

@@ -37,7 +37,7 @@ class AcceleratorConfig:
             if they are the model's own.
         rank: rank of every adapter; 0 for none (the exit alone is trained).
         conditioned: start and exit see the previous token's final (or exit) state.
-        draft_vocab_size: how many of the most frequent tokens can be drafted.
+        draft_vocab_size: how many of the most frequent tokens it is trained to draft.
     """
 
     depth: int = 4

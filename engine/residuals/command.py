@@ -27,7 +27,7 @@ def add_arguments(tune: argparse.ArgumentParser) -> None:
     tune.add_argument("--depth", type=int, default=3, help="layers that a draft runs through")
     tune.add_argument("--rank", type=int, default=64, help="of the adapters")
     tune.add_argument("--no-condition", action="store_true", help="drafts do not see the last final state")
-    tune.add_argument("--draft-vocab", type=int, default=16384, help="how many tokens can be drafted")
+    tune.add_argument("--draft-vocab", type=int, default=8192, help="how many tokens it learns to draft")
     tune.add_argument(
         "--from", dest="start", default=None, metavar="FILE.safetensors",
         help="train this accelerator on, instead of a new one; its shape counts",

@@ -26,14 +26,15 @@ class DraftVocabulary:
 
     Args:
         frequent: ``int64 [N]``, the most frequent first.
+        end: no token from this one on joins.
 
     Attributes:
         tokens: ``int64 [N]``.
     """
 
-    def __init__(self, frequent: Tensor) -> None:
+    def __init__(self, frequent: Tensor, end: int) -> None:
         self.tokens: Tokens = frequent.numpy().copy()
-        self._known = set(self.tokens.tolist())
+        self._known, self._end = set(self.tokens.tolist()), end
         self._first = self._next = len(self.tokens) - min(_ROOM, len(self.tokens) // _SHARE)
 
     def join(self, ids: Sequence[int]) -> Iterable[tuple[int, int]]:
@@ -42,7 +43,7 @@ class DraftVocabulary:
         changed = dict[int, int]()
         known, tokens = self._known, self.tokens
         for token in ids:
-            if token in known or self._first == len(tokens):
+            if token in known or token >= self._end or self._first == len(tokens):
                 continue
             row = self._next
             known.discard(int(tokens[row]))

@@ -41,8 +41,9 @@ TRAINING_PROMPTS = PROMPTS_FOLDER / "train.jsonl"
 HELD_OUT = "held-out"
 STATE_BYTES = 2  # bfloat16
 # Work of one shard on a CPU: 20 s at 60 GFLOP/s, so that a killed run loses less than a minute even on a
-# machine of a third of that speed; several times that, where matrices are multiplied several times as fast.
-_SHARD_FLOPS = {torch.float32: 1.2e12, torch.bfloat16: 4.8e12}
+# machine of a third of that speed; so many times that in bf16, which is for machines that are faster with it.
+_SHARD_FLOPS = 1.2e12
+_BF16_FACTOR = 4
 # Of a GPU's memory for the keys and values of one shard: many rows at once, as their weights are read once for all.
 _CUDA_SHARE, _MAX_CUDA_ROWS = 0.3, 2048
 _FRUITLESS_SHARDS = 8  # a model that has ended no new prompt in as many hardly will
@@ -138,7 +139,8 @@ class DataStages:
         self._max_new = min(config.max_new_tokens, context_limit(decoder) // 2 - 16)
         if decoder.device.type == "cpu":
             per_row = 2 * num_weights(decoder) * self._max_new
-            self._rows = max(4, min(64, int(_SHARD_FLOPS[decoder.dtype] / per_row)))
+            flops = _SHARD_FLOPS * (_BF16_FACTOR if decoder.dtype == torch.bfloat16 else 1)
+            self._rows = max(4, min(64, int(flops / per_row)))
         else:
             model = decoder.config
             per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * decoder.dtype.itemsize
