@@ -17,8 +17,11 @@ from engine.kernels.drafter import FusedDrafter
 from engine.models.loader import load_decoder
 from engine.models.stepper import make_stepper
 from engine.requests import SamplingParams
+from engine.residuals.agreement import agreement
+from engine.residuals.corpus import generate_continuations
 from engine.residuals.draft_vocabulary import DraftVocabulary
 from engine.residuals.drafter import Drafter, make_drafter
+from engine.residuals.vocabulary_sizes import measure
 from tests import tiny
 from tests.test_m2r2 import FUSED, PROMPT, accelerator, fixed, run
 
@@ -112,3 +115,17 @@ def test_the_text_stays_the_models_own_whatever_the_head_has_taken_up(
     assert ids == expected and any(drafted for drafted, _ in rounds)
     taken_up = set(cast(FusedDrafter, drafter)._head.tokens.tolist()) - set(range(64))
     assert taken_up & set(ids)
+
+
+def test_what_sizes_are_worth_is_counted_on_the_models_own_text(folder: Path) -> None:
+    decoder = load_decoder(folder, "fp32")
+    made = accelerator(decoder)
+    made.draft_vocab = torch.arange(336).flip(0)
+    prompts = [[5, 70, 9], [33, 120, 7, 7, 61], [12] * 9]
+    written = generate_continuations(decoder, prompts, [0.0] * 3, 40, [])
+    rows = {(row["size"], row["with_text"]): row for row in measure(decoder, made, written, [336, 32])}
+    assert rows[336, True]["covered"] == rows[336, False]["covered"] == 1
+    whole = rows[336, True]["agreement_by_draft_position"]
+    assert whole == rows[336, False]["agreement_by_draft_position"] and len(whole) == 3
+    assert whole[0] == pytest.approx(agreement(decoder, made, written)[0], abs=1e-3)
+    assert rows[32, False]["covered"] < rows[32, True]["covered"] < 1

@@ -22,7 +22,8 @@ _CPU = torch.device("cpu")
 
 
 class DraftHead:
-    """The LM head's rows of a :class:`DraftVocabulary` in int4: the head's own codes, or rounded to it.
+    """The LM head's rows of a :class:`DraftVocabulary` in int4: the head's own codes, or rounded to it. Of a head in tiles the
+    last tokens, which are no whole one, do not join.
 
     Where this torch's int4 layout is not known it is int8, of all tokens that the accelerator was trained to draft, and none
     join.
@@ -78,14 +79,11 @@ def _source(head: Linear) -> tuple[tuple[int, int, int], int]:
     """What a head is made of and where it lies, as :mod:`engine.kernels.draft_rows` says, and how many of its rows that
     reads: of a matrix in tiles, those of whole ones."""
     if isinstance(head, Int4Linear):
-        addresses = head.packed.data_ptr(), head.scales_and_zeros.data_ptr()
-        return (INT4, *addresses), head.out_features // BLOCK * BLOCK
+        source = INT4, head.packed.data_ptr(), head.scales_and_zeros.data_ptr()
+        return source, head.out_features // BLOCK * BLOCK
     if isinstance(head, Int8Linear):
-        addresses = head.weight.data_ptr(), head.scales.data_ptr()
-        return (
-            INT8,
-            *addresses,
-        ), head.out_features // INT8_BLOCK * INT8_BLOCK
+        source = INT8, head.weight.data_ptr(), head.scales.data_ptr()
+        return source, head.out_features // INT8_BLOCK * INT8_BLOCK
     assert isinstance(head, DenseLinear)
     kind = BF16 if head.weight.dtype == torch.bfloat16 else FP32
     return (kind, head.weight.data_ptr(), 0), head.out_features

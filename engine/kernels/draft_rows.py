@@ -1,13 +1,11 @@
-"""A row of a model's head put into a row of a draft head, as native code: behind a pass that swept the caches numpy takes ten
-times as long, and torch a hundred.
+"""A row of a model's head put into a row of a draft head, as native code: behind a pass that swept the caches numpy takes up to
+ten times as long, and torch longer.
 
 The draft head is int4 in tiles (:mod:`engine.quantization.int4_layout`). A row is copied out of a head of that kind code by
 code, and rounded to it from others, as :func:`engine.quantization.int4.quantize_groups` does.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -44,11 +42,8 @@ def _put(line: int, row: int, word: int) -> None:
 
 @compiled
 def _copy(source: int, pairs: int, token: int, codes: int, own_pairs: int, row: int, inputs: int) -> None:
-    before, line, shift = (
-        _line(source, token, inputs),
-        _line(codes, row, inputs),
-        4 * (token % BLOCK // _HALF),
-    )
+    before, line = _line(source, token, inputs), _line(codes, row, inputs)
+    shift = 4 * (token % BLOCK // _HALF)
     for step in range(0, _LINE * (inputs // 4), _LINE):
         _put(line + step, row, (get_u32(before + step) >> shift) & _CODES)
     pair, own_pair = _pair(pairs, token, inputs), _pair(own_pairs, row, inputs)
@@ -130,5 +125,4 @@ def native_code() -> dict[str, tuple[str, bytes]]:
         else:
             _round(kind, source, scales, token, codes, pairs, row, inputs)
 
-    entry: Any = take_row
-    return compile_entry_points(entry)
+    return compile_entry_points(take_row)

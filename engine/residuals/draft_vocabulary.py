@@ -21,7 +21,7 @@ _SHARE = 5  # but one row in so many at most
 class DraftVocabulary:
     """The token of each row of a draft head.
 
-    Of the rows, which begin as the most frequent tokens', the last fifth go to tokens of the text, those that came first
+    Of the rows, which begin as the most frequent tokens', the last few go to tokens of the text, those that came first
     leaving first. Texts share them: what an earlier one has left there does no harm.
 
     Args:
