@@ -40,7 +40,7 @@ def request_(model: Path, tmp_path_factory: pytest.TempPathFactory) -> TuneReque
     prompts = tiny.save_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", 40)
     return TuneRequest(
         str(model), prompts, training=TrainingConfig(tokens_per_batch=512, learning_rate=3e-3, warmup_steps=2),
-        data=DataConfig(600, 24, num_held_out=6), steps=25, device="cpu",
+        data=DataConfig(1500, 24, num_held_out=6), steps=40, device="cpu",
     )  # fmt: skip
 
 
