@@ -37,6 +37,7 @@ def fill_findings(findings: str, folder: Path) -> str:
         ("expert tables", experts),
         ("scale table", scale_table(_read(folder / "scale.json"))),
         ("busy table", busy_table(_read(folder / "busy-cores.json"))),
+        ("vocabulary table", vocabulary_table(_read(folder / "draft-vocabulary.json"))),
     ):
         findings = _between(findings, f"<!-- {name} -->\n", table, f"<!-- end of {name} -->")
     return findings
@@ -54,6 +55,23 @@ def _read(path: Path) -> Any:
 def bench_tables(folder: Path) -> str:
     """A heading and a table for each ``bench-*.json``, by name."""
     return "".join(_report(path) for path in _reports(folder))
+
+
+def vocabulary_table(report: Mapping[str, Any]) -> str:
+    """Agreement in per cent at the first and the third draft, by size and suite, and what can be drafted at all."""
+    rows: Sequence[Mapping[str, Any]] = report["rows"]
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    kinds = dict.fromkeys((row["size"], row["with_text"]) for row in rows)
+    lines = [f"| most frequent | those of the text, too | {' | '.join(suites)} | can be drafted |"]
+    lines.append("| --- " * (len(suites) + 3) + "|")
+    for size, with_text in kinds:
+        own = [row for row in rows if (row["size"], row["with_text"]) == (size, with_text)]
+        shares = [row["agreement_by_draft_position"] for row in own]
+        cells = [f"{100 * first:.1f}, {100 * third:.1f}" for first, _, third in shares]
+        covered = sorted(100 * row["covered"] for row in own)
+        cells.append(f"{covered[0]:.0f} to {covered[-1]:.0f} %")
+        lines.append(f"| {size} | {'yes' if with_text else 'no'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def busy_table(report: Mapping[str, Any]) -> str:

@@ -21,7 +21,6 @@ from engine.requests import Message
 from engine.residuals.accelerator import Accelerator
 from engine.residuals.adapter_file import find_adapter, load_accelerator, read_card
 from engine.residuals.corpus import Sequences, generate_continuations
-from engine.residuals.precision import training_format
 from engine.residuals.training import Batch, Objective, TrainingConfig, evaluate
 from engine.residuals.tuning import EVALUATION_TOKENS
 from engine.residuals.tuning_store import cut, in_groups
@@ -106,7 +105,7 @@ def load(model: str, device: str) -> tuple[Decoder, Tokenizer]:
 
     device = pick_device(device)
     path = hub.resolve(model).path
-    return load_decoder(path, training_format(device), device), load_tokenizer(path)
+    return load_decoder(path, "fp32" if device == "cpu" else "bf16", device), load_tokenizer(path)
 
 
 def greedy_answers(decoder: Decoder, tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> Sequences:

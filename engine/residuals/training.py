@@ -170,10 +170,8 @@ class Objective:
             align = F.smooth_l1_loss(chosen.float(), final.float())
             weight = config.pass_decay**ahead
             loss = loss + weight * ((1 - config.hard) * soft + config.hard * exact + config.alignment * align)
-            is_best = log_q.gather(-1, hard[:, None])[:, 0] == log_q.amax(
-                -1
-            )  # argmax takes ten times as long
-            agreements.append((is_best & in_vocab).float().mean().detach())
+            drafted = log_q.max(-1).indices  # argmax takes four times as long
+            agreements.append(((drafted == hard) & in_vocab).float().mean().detach())
             if accelerator.config.conditioned:
                 condition = shift_right(exit_state)
             else:
