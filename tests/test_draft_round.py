@@ -55,7 +55,8 @@ def weighed(chance: random.Random, limit: int) -> DraftPlan:
     row = chance.choice([0.01, 0.1, 0.3])
     for drafts in range(1, limit + 1):
         costs.note_round(drafts, 0.05 * drafts, drafts, False, 1 + row * drafts)
-    plan.weigh(limit, costs, chance.uniform(0.1, 1.2), chance.random())
+    plan.know(costs)
+    plan.weigh(limit, chance.uniform(0.1, 1.2), chance.random())
     return plan
 
 

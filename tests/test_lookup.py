@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 
 from engine.backend import DecoderBackend
 from engine.decoding.base import TokenSequence
-from engine.decoding.context import LENGTHS, MAX_DRAFTS, ContextDrafter, ContextIndex, Match
+from engine.decoding.context import MAX_DRAFTS, ContextDrafter
+from engine.decoding.context_index import ContextIndex, Match, NativeIndex, index_of
 from engine.decoding.controller import DepthController
 from engine.decoding.costs import RoundCosts
 from engine.decoding.lookup import Lookup
 from engine.decoding.m2r2 import M2R2
 from engine.decoding.sampling import Sampler
+from engine.kernels.round_fields import LENGTHS
 from engine.models.decoder import Decoder
 from engine.models.loader import load_decoder
 from engine.models.stepper import Stepper, TorchStepper, make_stepper
@@ -82,21 +85,30 @@ def test_the_cache_is_that_of_a_fresh_prefill(decoders: dict[str, Decoder], draf
     assert any(accepted for _, accepted in rounds) and any(drafted > accepted for drafted, accepted in rounds)
 
 
-def test_matches_of_a_growing_text() -> None:
-    """Against a search through the whole text, over random texts of few tokens."""
+@pytest.mark.parametrize("make", [ContextIndex, index_of])
+def test_matches_of_a_growing_text(make: Callable[[list[int]], ContextIndex]) -> None:
+    """Against a search through the whole text, over random texts of few tokens, with drafts behind them and without; also of
+    texts that outgrow what there was room for at first."""
     draw = random.Random(0)
-    for _ in range(40):
+    for case in range(40):
         ids: list[int] = []
-        index = ContextIndex(ids)
-        for _ in range(60):
-            ids += [draw.randrange(4) for _ in range(draw.randrange(1, 4))]
-            assert index.find(5) == _search(ids, 5)
+        index = make(ids)
+        for _ in range(300 if case % 8 == 0 else 60):
+            ids += [draw.randrange(4 + case) for _ in range(draw.randrange(1, 4))]
+            drafts = [draw.randrange(4 + case) for _ in range(draw.randrange(0, 3))]
+            assert index.find(5) == _search(ids, 5, [])
+            assert index.find(5, drafts) == _search(ids, 5, drafts)
 
 
-def _search(ids: list[int], limit: int) -> Match:
-    for length in reversed(LENGTHS):
+def test_native_code_looks_for_matches() -> None:
+    assert isinstance(index_of([1, 2, 3]), NativeIndex)
+
+
+def _search(ids: list[int], limit: int, drafts: list[int]) -> Match:
+    latest = ids + drafts
+    for length in (length for length in reversed(LENGTHS) if length <= len(latest)):
         for end in range(len(ids) - 1, length - 1, -1):
-            if ids[end - length : end] == ids[-length:]:
+            if ids[end - length : end] == latest[-length:]:
                 return Match(length, tuple(ids[end : end + limit]))
     return Match()
 

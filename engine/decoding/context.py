@@ -7,52 +7,16 @@ Such a draft costs nothing but the rows that it adds to the verification. How ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import numpy as np
 
+from engine.decoding.context_index import Match
 from engine.decoding.costs import RoundCosts
+from engine.decoding.native_memory import address, numbers
+from engine.kernels.round_fields import LONGEST_MATCH
 
-LENGTHS = (2, 3, 4, 5)  # of matches, in tokens
 MAX_DRAFTS = 11
-_LONGEST = LENGTHS[-1] + 3  # a match that drafts have made longer counts as one of this length at most
 _PRIOR_RIGHT, _PRIOR_SEEN = 1.5, 2.5
 _FADE = 0.998  # per observation: old luck counts less
-
-
-@dataclass(frozen=True)
-class Match:
-    """An earlier occurrence of the latest ``length`` tokens, and what followed it there."""
-
-    length: int = 0
-    tokens: tuple[int, ...] = ()
-
-
-NO_MATCH = Match()
-
-
-class ContextIndex:
-    """The short runs of tokens in one growing sequence."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids = ids
-        self._ends: dict[tuple[int, ...], int] = {}  # the latest end of each run
-        self._done = 0
-
-    def find(self, limit: int, drafts: Sequence[int] = ()) -> Match:
-        """The latest earlier occurrence of the longest run that the sequence, with ``drafts`` behind it, ends with; and
-        up to ``limit`` tokens that follow it there."""
-        ids = self._ids
-        for end in range(self._done + 1, len(ids)):  # a run at the very end has nothing behind it
-            for length in LENGTHS:
-                if length <= end:
-                    self._ends[tuple(ids[end - length : end])] = end
-        self._done = max(self._done, len(ids) - 1)
-        latest = (*ids[-LENGTHS[-1] :], *drafts)
-        for length in reversed(LENGTHS):
-            earlier = self._ends.get(latest[-length:])
-            if earlier is not None:
-                return Match(length, tuple(ids[earlier : earlier + limit]))
-        return NO_MATCH
 
 
 class ContextDrafter:
@@ -60,12 +24,16 @@ class ContextDrafter:
 
     Args:
         fixed: always as many as there are, up to this number: for tests and measurements.
+
+    Attributes:
+        luck: addresses of what it has learnt, for native code.
     """
 
     def __init__(self, fixed: int | None = None) -> None:
-        self._fixed = fixed
-        self._right = [_PRIOR_RIGHT] * (_LONGEST + 1)
-        self._seen = [_PRIOR_SEEN] * (_LONGEST + 1)
+        self.fixed = fixed
+        right, seen = (np.full(LONGEST_MATCH + 1, prior) for prior in (_PRIOR_RIGHT, _PRIOR_SEEN))
+        self._right, self._seen = numbers(right), numbers(seen)
+        self.luck = address(right), address(seen)
 
     def choose(
         self, match: Match, limit: int, costs: RoundCosts, rate: float | None = None
@@ -77,8 +45,8 @@ class ContextDrafter:
             rate: tokens per second that there are without them, at the usual pace; None: those of plain decoding.
         """
         count = min(len(match.tokens), limit, MAX_DRAFTS)
-        if self._fixed is not None:
-            return match.tokens[: min(count, self._fixed)]
+        if self.fixed is not None:
+            return match.tokens[: min(count, self.fixed)]
         best, best_rate = 0, rate or 1 / costs.plain()
         chance = tokens = 1.0
         for drafts in range(1, count + 1):
@@ -101,8 +69,8 @@ class ContextDrafter:
             rate: tokens per second that time is worth, at the usual pace.
         """
         count = min(len(match.tokens), limit, MAX_DRAFTS - num_drafts)
-        if self._fixed is not None:
-            return match.tokens[: max(0, min(count, self._fixed))]
+        if self.fixed is not None:
+            return match.tokens[: max(0, min(count, self.fixed))]
         for more in range(count):
             chance *= self._luck(match, more)
             drafts = num_drafts + more
@@ -125,4 +93,4 @@ class ContextDrafter:
 
 def _class(match: Match, position: int) -> int:
     """The token's match, those before it counted in."""
-    return min(match.length + position, _LONGEST)
+    return min(match.length + position, LONGEST_MATCH)

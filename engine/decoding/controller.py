@@ -24,10 +24,9 @@ from engine.decoding.acceptance import Alternative
 from engine.decoding.calibration import Calibration, Drift, number
 from engine.decoding.costs import RoundCosts
 from engine.decoding.draft_plan import MOST_DRAFTS, DraftPlan
+from engine.kernels.plan_fields import ALTERNATIVE, HIGHEST_OTHER
 
 MAX_DRAFTS = 7
-_HIGHEST_OTHER = 0.5  # probability that another token than the likeliest can have
-_ALTERNATIVE = 1.3  # times its row is what an alternative has to be worth: it takes more than that row
 _PRIOR = 3.0  # observations' worth of a guess
 _FADE = 0.998  # per observation: old luck counts less
 # Forced numbers of drafts at first, so that every cost is known; the first of each kind may be cold.
@@ -105,7 +104,6 @@ class DepthController:
         self.max_drafts = min(max_drafts, MOST_DRAFTS)
         self._fixed, self._fixed_alternatives = fixed, fixed_alternatives
         self.costs, self._plan = RoundCosts(self.max_drafts), DraftPlan()
-        self._others = Calibration(_HIGHEST_OTHER)
         self._next_right, self._next_seen = 0.5 * _PRIOR, _PRIOR  # any draft whose predecessors were right
         self._drift = Drift()
         self._rounds = 0
@@ -140,8 +138,9 @@ class DepthController:
             return None
         plan, factor = self._plan, self._drift.factor
         plan.factor = factor
+        plan.know(self.costs)
         if self._forced is None:
-            plan.weigh(limit, self.costs, self._rate(), min(1.0, factor * self._next_right / self._next_seen))
+            plan.weigh(limit, self._rate(), min(1.0, factor * self._next_right / self._next_seen))
         else:
             plan.force(min(self._forced, limit), 0.0 if self._fixed_alternatives else 1.0)
         return plan
@@ -166,7 +165,8 @@ class DepthController:
         found, before = [], 1.0
         for place, (confidence, others) in enumerate(zip(confidences, offers, strict=False)):
             found += [
-                (before * self._others.chance(chance), Alternative(token, place)) for token, chance in others
+                (before * self._plan.others.chance(chance), Alternative(token, place))
+                for token, chance in others
             ]
             before *= self._plan.chance([confidence])
         found = sorted(found, key=lambda each: -each[0])[:room]
@@ -176,7 +176,7 @@ class DepthController:
         for count, (chance, _) in enumerate(found):
             cost = self.costs.verify(num_drafts + count + 1)
             cost -= self.costs.verify(num_drafts + count, dropped and count == 0)
-            if chance <= _ALTERNATIVE * rate * cost:
+            if chance <= ALTERNATIVE * rate * cost:
                 return tuple(each for _, each in found[:count])
         return tuple(each for _, each in found)
 
@@ -207,7 +207,7 @@ class DepthController:
             self._next_right = self._next_right * _FADE + was_right
             self._next_seen = self._next_seen * _FADE + 1
         for probability, was_right in record.others:
-            self._others.learn(probability, was_right)
+            self._plan.others.learn(probability, was_right)
         if self._forced is None:
             seconds = record.draft_seconds + record.verify_seconds
             self._judge(record.num_tokens, costs.without_hiccups(seconds, expected))
@@ -227,7 +227,7 @@ class DepthController:
             "version": 2,
             "times": self.costs.export(),
             "luck": self._plan.luck.export(),
-            "others": self._others.export(),
+            "others": self._plan.others.export(),
             "next": [self._next_right, self._next_seen],
             "pause": self._pause,
             "paused": self._paused,
@@ -245,8 +245,7 @@ class DepthController:
                 return False
             times = RoundCosts.read(state["times"])
             Calibration().restore(state["luck"])  # may raise
-            others = Calibration(_HIGHEST_OTHER)
-            others.restore(state["others"])
+            Calibration(HIGHEST_OTHER).restore(state["others"])
             next_right, next_seen = (number(x) for x in state["next"])
             counts = [int(number(state[name])) for name in ("pause", "paused")]
             if next_seen <= 0:
@@ -255,7 +254,7 @@ class DepthController:
             return False
         self.costs.restore(times)
         self._plan.luck.restore(state["luck"])
-        self._others = others
+        self._plan.others.restore(state["others"])
         self._next_right, self._next_seen = next_right, next_seen
         self._pause, self._paused = counts
         self._rounds, self._next_refresh = 0, _REFRESH

@@ -23,14 +23,19 @@ class DraftPlan:
 
     Attributes:
         luck: how often drafts of a given confidence were right.
+        others: how often other tokens of a given probability were.
         address: of the numbers.
     """
 
     def __init__(self) -> None:
         block = np.zeros(fields.NUM_PLAN_FIELDS)
         self._block, self._numbers, self.address = block, numbers(block), address(block)
-        right, seen = (block[first : first + fields.BINS] for first in (fields.RIGHT, fields.SEEN))
-        self.luck = Calibration(memory=(numbers(right), numbers(seen)))
+        places = (fields.RIGHT, fields.SEEN, fields.OTHER_RIGHT, fields.OTHER_SEEN)
+        right, seen, others_right, others_seen = (
+            numbers(block[place : place + fields.BINS]) for place in places
+        )
+        self.luck = Calibration(memory=(right, seen))
+        self.others = Calibration(fields.HIGHEST_OTHER, (others_right, others_seen))
         self._numbers[fields.FACTOR] = 1.0
         self._edition = -1
 
@@ -41,8 +46,8 @@ class DraftPlan:
         block[fields.LIMIT] = block[fields.FORCED] = drafts
         block[fields.LEAST] = least
 
-    def weigh(self, limit: int, costs: RoundCosts, rate: float, following: float) -> None:
-        """As many drafts as are worth it, up to ``limit``.
+    def weigh(self, limit: int, rate: float, following: float) -> None:
+        """As many drafts as are worth it, up to ``limit``, by what passes take (:meth:`know`).
 
         Args:
             rate: tokens per second that time is worth.
@@ -51,13 +56,22 @@ class DraftPlan:
         block = self._numbers
         block[fields.LIMIT], block[fields.FORCED] = limit, -1
         block[fields.RATE], block[fields.FOLLOWING] = rate, following
+
+    def know(self, costs: RoundCosts) -> None:
+        """Take over what passes take."""
         if costs.edition != self._edition:
-            self._edition = costs.edition
+            block, self._edition = self._numbers, costs.edition
             block[fields.DRAFT_SECONDS] = costs.draft_step()
+            for drafts in range(1, MOST_DRAFTS + 1):
+                block[fields.ROW_SECONDS + drafts] = costs.verify(drafts + 1) - costs.verify(drafts)
             for drafts in range(1, costs.max_drafts + 1):
                 kept = costs.verify(drafts) - costs.verify(drafts - 1, dropped=True)
                 block[fields.KEPT_SECONDS + drafts] = kept
-                block[fields.ROW_SECONDS + drafts] = costs.verify(drafts + 1) - costs.verify(drafts)
+
+    @property
+    def wants_alternatives(self) -> bool:
+        """Whether other tokens than the drafts are asked for though their number is forced: for tests and measurements."""
+        return bool(self._numbers[fields.FORCED] >= 0 and self._numbers[fields.LEAST] < 1)
 
     @property
     def limit(self) -> int:

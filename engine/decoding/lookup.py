@@ -10,7 +10,8 @@ from time import perf_counter
 
 from engine.decoding.acceptance import verify_chain
 from engine.decoding.base import Step, TokenSequence
-from engine.decoding.context import MAX_DRAFTS, ContextDrafter, ContextIndex
+from engine.decoding.context import MAX_DRAFTS, ContextDrafter
+from engine.decoding.context_index import index_of
 from engine.decoding.controller import SpeculationState
 from engine.decoding.costs import RoundCosts
 from engine.models.stepper import Stepper
@@ -26,7 +27,7 @@ class LookupDecoding:
         self._stepper, self._drafter, self._costs = stepper, drafter, costs
 
     def start(self, sequence: TokenSequence) -> None:
-        self._sequence, self._index = sequence, ContextIndex(sequence.ids)
+        self._sequence, self._index = sequence, index_of(sequence.ids)
         self._is_first = True
 
     def step(self, max_tokens: int) -> Step:

@@ -30,10 +30,12 @@ from torch import Tensor
 from engine.decoding.acceptance import accept, round_step, verify_chain
 from engine.decoding.base import Step, TokenSequence
 from engine.decoding.calibration import Drift
-from engine.decoding.context import NO_MATCH, ContextDrafter, ContextIndex, Match
+from engine.decoding.context import MAX_DRAFTS, ContextDrafter
+from engine.decoding.context_index import NO_MATCH, Match, index_of
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
+from engine.decoding.draft_plan import DraftPlan
 from engine.requests import Provenance
-from engine.residuals.drafter import Drafted, Drafter
+from engine.residuals.drafter import Drafted, Drafter, RoundContext, Verified
 
 
 class M2R2Decoding:
@@ -58,15 +60,16 @@ class M2R2Decoding:
         # The last verified position's state is a row of these; the prefill keeps none.
         self._states: Tensor | None = None
         self._row = self._taken_up = 0  # the latter: tokens of the text that the drafter knows of
-        self._index = ContextIndex(sequence.ids)
+        self._index = index_of(sequence.ids)
 
     def step(self, max_tokens: int) -> Step:
         started = perf_counter()
         if self._context is not None and (step := self._from_context(max_tokens, started, self._context)):
             return step
         limit = min(max_tokens, self._stepper.max_rows) - 1
-        drafted = self._draft(limit)
-        return self._plain_step(started) if drafted is None else self._verify(drafted, limit, started)
+        if self._states is None or (plan := self._controller.plan(limit, self._drift)) is None:
+            return self._plain_step(started)
+        return self._round(plan, limit, started)
 
     def _plain_step(self, started: float) -> Step:
         """A round that drafts nothing."""
@@ -84,39 +87,62 @@ class M2R2Decoding:
             self._controller.observe_plain(seconds)
         return Step((token,), (Provenance.VERIFIED,), verify_seconds=seconds)
 
-    def _verify(self, drafted: Drafted, limit: int, started: float) -> Step:
-        """The rest of a round that drafts."""
-        sequence, stepper = self._sequence, self._stepper
+    def _round(self, plan: DraftPlan, limit: int, started: float) -> Step:
+        """A round that drafts."""
+        sequence, drafter, states = self._sequence, self._drafter, self._states
         cache, ids = sequence.cache, sequence.ids
-        start, drafts, confidences = cache.length, drafted.tokens, drafted.confidences
-        half_time = perf_counter()
-        match, own = NO_MATCH, len(drafts)  # of the stream
+        assert states is not None
+        drafter.take_up(ids[self._taken_up :])
+        start, self._taken_up = cache.length, len(ids)
+        context, found = self._context, None
+        if context is None or context.fixed is None:
+            found = drafter.whole_round(sequence, states, self._row, plan, limit, self._round_context())
+        if found is None:
+            found = self._verify(drafter.draft_round(sequence, states, self._row, plan), plan, limit)
+        accepted, own = found.accepted, len(found.drafted.tokens)
+        if accepted.alternative:
+            self._stepper.copy_slot(cache, start + accepted.row, start + accepted.num_drafts)
+        cache.length = start + accepted.num_drafts + 1
+        self._states, self._row = found.states, accepted.row
+
+        times = perf_counter() - started - found.seconds, found.seconds
+        tokens, num_drafts = ids[start + 1 :], found.num_in_chain + found.num_alternatives
+        self._controller.observe(_record(found.drafted, tokens, num_drafts, *times))
+        if context is not None and found.num_in_chain > own:
+            context.observe(found.match, found.num_in_chain - own, accepted.num_in_chain - own)
+        return round_step(tokens, num_drafts, accepted, *times)
+
+    def _verify(self, drafted: Drafted, plan: DraftPlan, limit: int) -> Verified:
+        """What there is to be verified of a round."""
+        started, sequence = perf_counter(), self._sequence
+        cache, ids = sequence.cache, sequence.ids
+        drafts, confidences = drafted.tokens, drafted.confidences
+        match, own = NO_MATCH, len(drafts)
         if own and own == len(confidences):  # the last draft was kept
-            match, more = self._more_from_context(drafts, confidences, limit - own)
-            drafts += more
+            match, more = self._more_from_context(plan, drafts, confidences, limit - own)
+            drafts = [*drafts, *more]
         num_drafts = len(drafts)
         offers, room = drafted.offers[:own], limit - num_drafts
         others = self._controller.alternatives(confidences, offers, num_drafts, room)
 
         unfed = [ids[-1], *drafts, *(each.token for each in others)][len(drafted.slow) :]
         instead_of = [each.place + 1 for each in others]
-        self._states, logits = stepper.forward(
+        states, logits = self._stepper.forward(
             unfed, cache, drafted.slow, self._drafter.depth, instead_of, sequence.sampler.weighs_at
         )
         accepted = accept(logits, drafts, ids, sequence.sampler, others)
-        if accepted.alternative:
-            stepper.copy_slot(cache, start + accepted.row, start + accepted.num_drafts)
-        cache.length = start + accepted.num_drafts + 1
-        self._row = accepted.row
+        seconds = perf_counter() - started
+        return Verified(drafted, num_drafts, match, len(others), accepted, states, seconds)
 
-        times = half_time - started, perf_counter() - half_time
-        self._controller.observe(_record(drafted, ids[start + 1 :], num_drafts + len(others), *times))
-        if self._context is not None and num_drafts > own:
-            self._context.observe(match, num_drafts - own, accepted.num_in_chain - own)
-        return round_step(ids[start + 1 :], num_drafts + len(others), accepted, *times)
+    def _round_context(self) -> RoundContext | None:
+        """What a round in one command may take drafts from."""
+        context, worth = self._context, self._controller.rate
+        if context is None or worth is None or not self._index.address:
+            return None
+        return RoundContext(self._index, context.luck, MAX_DRAFTS, worth)
 
     def _more_from_context(
-        self, drafts: list[int], confidences: list[float], limit: int
+        self, plan: DraftPlan, drafts: list[int], confidences: list[float], limit: int
     ) -> tuple[Match, tuple[int, ...]]:
         """What the context says behind the stream's drafts."""
         controller, context = self._controller, self._context
@@ -125,7 +151,7 @@ class M2R2Decoding:
         match = self._index.find(limit, drafts)
         if not match.tokens:
             return NO_MATCH, ()
-        chance, rate = self._plan.chance(confidences), controller.rate
+        chance, rate = plan.chance(confidences), controller.rate
         return match, context.extend(match, limit, len(drafts), chance, controller.costs, rate)
 
     def _from_context(self, max_tokens: int, started: float, context: ContextDrafter) -> Step | None:
@@ -146,15 +172,6 @@ class M2R2Decoding:
             costs.next_round()
             costs.note_verification(len(drafts), step.verify_seconds)
         return step
-
-    def _draft(self, limit: int) -> Drafted | None:
-        """As far as the controller will have it; None: not at all."""
-        if self._states is None or (plan := self._controller.plan(limit, self._drift)) is None:
-            return None
-        self._plan, ids = plan, self._sequence.ids
-        self._drafter.take_up(ids[self._taken_up :])
-        self._taken_up = len(ids)
-        return self._drafter.draft_round(self._sequence, self._states, self._row, plan)
 
 
 def _record(

@@ -87,8 +87,7 @@ class NativeChoice:
             words[fields.NOTES], words[fields.ARE_NOTED] = self._own_notes.first, 0
         words[fields.NUM_SEEN] = 0
         if seen is not None:
-            words[fields.SEEN], words[fields.NUM_SEEN] = seen.tokens_address, seen.count
-            words[fields.MASK] = seen.mask_address
+            self._take_seen(seen)
         self._code.choose(self._address)
         token = words[fields.TOKEN]
         return token if token < fields.NO_TOKEN else None
@@ -118,9 +117,11 @@ class NativeChoice:
     def draft_task(
         self, tokens: Tokens, weights: Floats, position: int, seen: SeenTokens | None
     ) -> int | None:
-        """The address of a task with which native code does as :meth:`rank`, from draft to draft; None: it could not tell."""
+        """The address of a task with which native code does as :meth:`rank`, from draft to draft, and then as :meth:`choose`; None:
+        it could not tell."""
         if not self._lowers:
             return None
+        self._words[fields.NUM_SEEN] = 0
         self._take(tokens, weights, position, seen)
         return self._address
 
@@ -131,7 +132,12 @@ class NativeChoice:
             words[fields.TOKENS], words[fields.WEIGHTS] = address(tokens), address(weights)
         words[fields.SIZE], words[fields.POSITION] = len(tokens), position
         if seen is not None:
-            words[fields.MASK] = seen.mask_address
+            self._take_seen(seen)
+
+    def _take_seen(self, seen: SeenTokens) -> None:
+        words = self._words
+        words[fields.SEEN], words[fields.NUM_SEEN] = seen.tokens_address, seen.count
+        words[fields.MASK] = seen.mask_address
 
 
 def native_choice(params: SamplingParams, key: int) -> NativeChoice | None:

@@ -30,6 +30,7 @@ from engine.decoding.ranking import MOST_OTHERS, Candidates, Floats, Rank, Ranke
 from engine.decoding.seen import SeenTokens
 from engine.errors import SlipstreamError
 from engine.kernels.choice_fields import ALONE, FEWER, LIKELY, MIX, MOST_ALONE, MOST_LIKELY, NEGLIGIBLE, STEP
+from engine.kernels.round_fields import MOST_ROWS
 from engine.requests import SamplingParams
 
 _LEAST = (1e-3, 1e-5)  # of the best token's weight: above it lies nearly always as much as top-p asks for
@@ -99,17 +100,22 @@ class Sampler:
 
         return rank
 
-    def draft_task(self, history: Sequence[int], tokens: Tokens, weights: Floats) -> int | None:
+    def draft_task(
+        self, history: Sequence[int], tokens: Tokens, weights: Floats, vocabulary: int = 0
+    ) -> int | None:
         """The address of a task of :mod:`engine.kernels.choices` that puts drafts in order that follow ``history``, as a rank of
         :meth:`ranking` does; None where native code cannot.
 
         Args:
             tokens: that may be drafted, ``[N]``.
             weights: where theirs will be, float32 ``[N]``.
+            vocabulary: the model's size of it, if the same task is to choose a few tokens from the model's own logits.
         """
         if self._native is None:
             return None
-        seen = self._seen_in(history, self._reach_of(tokens)) if self._penalizes else None
+        seen = self._seen_in(history, max(self._reach_of(tokens), vocabulary)) if self._penalizes else None
+        if seen is not None:
+            seen.make_room(MOST_ROWS)
         return self._native.draft_task(tokens, weights, len(history), seen)
 
     def _reach_of(self, tokens: Tokens) -> int:

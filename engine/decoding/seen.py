@@ -62,6 +62,11 @@ class SeenTokens:
             self._last = token
         self._length = len(history)
 
+    def make_room(self, more: int) -> None:
+        """Have room for so many more tokens where native code finds them."""
+        if self.count + more > len(self._tokens):
+            self._take_tokens(np.append(self._tokens, np.empty_like(self._tokens)))
+
     def _add(self, token: int) -> None:
         self._is_in[token] = True
         if self.count == len(self._tokens):

@@ -130,7 +130,7 @@ def _stream(task: int, ahead: int) -> int:
 
 
 @compiled
-def _pick(task: int) -> int:
+def pick(task: int) -> int:
     """The choice, after the penalty; -1: it cannot be told so."""
     size, tokens = get_i64(task + 8 * SIZE), get_i64(task + 8 * SCRATCH)
     weights, stream = tokens + 8 * MOST_ALONE, _stream(task, 0)
@@ -332,7 +332,7 @@ def native_code() -> dict[str, tuple[str, bytes]]:
         if get_i64(task + 8 * ARE_NOTED) == 0:
             logits, size = get_i64(task + 8 * LOGITS), get_i64(task + 8 * SIZE)
             note_row(logits, size, np.float32(get_f64(task + 8 * SHARPNESS)), get_i64(task + 8 * NOTES))
-        put_i64(task + 8 * TOKEN, _pick(task))
+        put_i64(task + 8 * TOKEN, pick(task))
 
     def rank(task: int) -> None:
         put_i64(task + 8 * NUM_RANKED, rank_drafts(task))

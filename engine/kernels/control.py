@@ -44,6 +44,7 @@ PLAN, CHAIN, CHOICE = range(125, 128)
 # Of a pass's logits: the address of what is noted of their blocks, and what they are multiplied by before they are weighed
 # (the bits of a float32; 0: not at all). See :mod:`engine.kernels.block_notes`.
 NOTES, SHARPNESS = 128, 129
+ROUND = 130  # address of a round (:mod:`engine.kernels.whole_round`); 0: drafts are all that is asked for
 RANKS = 144  # per thread RANK_FIELDS; a multiple of 16, for processors fetch cache lines in pairs
 RANK_FIELDS = 48
 (
@@ -56,7 +57,9 @@ HELD_UP, SINCE = 23, 24
 OWN_SIDE = 25  # rows of an accelerated stream behind the slow ones
 TICKETS, HELPED = 32, 33  # what other threads write as well, when they help
 ARRIVED = 40  # at the end of how many phases: what they wait for
-RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_DRAFTS, RUN_ATTENTION, RUN_EXPERTS, STOP = range(1, 9)
+(
+    RUN_LAYERS, RUN_MATMUL, RUN_FORWARD, RUN_DRAFT, RUN_DRAFTS, RUN_ROUND, RUN_ATTENTION, RUN_EXPERTS, STOP,
+) = range(1, 10)  # fmt: skip
 
 # A linear's descriptor: WEIGHT, SCALES and BIAS are addresses (0: none). What PARTS are: engine.kernels.matmul.
 LINEAR_FIELDS = 6

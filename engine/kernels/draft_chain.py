@@ -31,6 +31,7 @@ from engine.kernels.control import (
     OUT,
     PLAN,
     POSITIONS,
+    ROUND,
     SLOTS,
 )
 from engine.kernels.draft_phases import run_draft
@@ -61,6 +62,7 @@ from engine.kernels.plan_fields import (
     SURE,
 )
 from engine.kernels.scalars import get_f64, put_f64
+from engine.kernels.whole_round import prepare_pass
 
 _NONE = -1  # instead of a draft, where none can be told
 
@@ -108,6 +110,8 @@ def _decide(control: int, step: int, before: float) -> float:
         put_i64(chain + 8 * NUM_STEPS, step)
     else:
         put_i64(chain + 8 * NUM_STEPS, -step)  # which ends it
+        if get_i64(control + 8 * ROUND) != 0:
+            prepare_pass(control)
     return chance
 
 

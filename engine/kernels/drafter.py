@@ -5,17 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.decoding.acceptance import Accepted, Alternative, accept
 from engine.decoding.base import TokenSequence
+from engine.decoding.context_index import NO_MATCH, Match
 from engine.decoding.draft_plan import MOST_DRAFTS, DraftPlan
 from engine.decoding.native_memory import address, numbers
 from engine.decoding.ranking import Candidates, Rank, likeliest
-from engine.kernels import control, plan_fields
+from engine.kernels import control, plan_fields, round_fields
 from engine.kernels.adapters import describe_adapter, int8_map
 from engine.kernels.draft_head import DraftHead
 from engine.kernels.draft_layers import use_copies
@@ -23,7 +26,7 @@ from engine.kernels.expert_stepper import FusedExpertStepper, Side
 from engine.kernels.stepper import MAX_ROWS, FusedStepper
 from engine.models.kv_cache import KVCache
 from engine.residuals.accelerator import Accelerator
-from engine.residuals.drafter import Draft, Drafted, StepwiseDrafter
+from engine.residuals.drafter import Draft, Drafted, RoundContext, StepwiseDrafter, Verified
 from engine.threads import use_threads
 
 
@@ -69,6 +72,39 @@ class _Round:
             found.offers.append(tuple(others))
         found.tokens = found.all_tokens[: words[plan_fields.NUM_KEPT]]
         return found
+
+
+class _Task:
+    """What a round in one command is told, and what comes of it."""
+
+    def __init__(self) -> None:
+        block = np.zeros(round_fields.NUM_ROUND_FIELDS, np.int64)
+        self.words, self.floats = numbers(block), numbers(block.view(np.float64))
+        self.address = address(block)
+
+    def take(self, ids: Sequence[int], room: int, context: RoundContext | None) -> None:
+        """Be about the text ``ids``, with room for so many drafts."""
+        words = self.words
+        words[round_fields.NUM_TOKENS], words[round_fields.LAST_TOKEN] = len(ids), ids[-1]
+        words[round_fields.ROOM] = room
+        if context is None:
+            words[round_fields.INDEX] = 0
+            return
+        context.index.follow()
+        words[round_fields.INDEX], self.floats[round_fields.WORTH] = context.index.address, context.worth
+        words[round_fields.LUCK_RIGHT], words[round_fields.LUCK_SEEN] = context.luck
+        words[round_fields.MOST_FROM_CONTEXT] = context.most
+
+    def tokens(self, first: int, count: int) -> list[int]:
+        """So many of them from a field on."""
+        found: list[int] = self.words[first : first + count].tolist()
+        return found
+
+    def alternatives(self) -> list[Alternative]:
+        count = self.words[round_fields.NUM_ALTERNATIVES]
+        tokens = self.tokens(round_fields.ALTERNATIVES, count)
+        places = self.tokens(round_fields.ALTERNATIVE_PLACES, count)
+        return [Alternative(token, place) for token, place in zip(tokens, places, strict=True)]
 
 
 def _slot(size: int) -> _Slot:
@@ -139,7 +175,17 @@ class FusedDrafter(StepwiseDrafter):
             control.OUT: self._round.rows.data_ptr(),
             control.DRAFT_BUFFER: self._round.exit_states.data_ptr(),
             control.CHAIN: self._round.address,
+            control.ROUND: 0,
         }
+        self._task = _Task()
+        for field, value in (
+            (round_fields.HAS_SLOW_STATES, int(not stepper.drafts_on_copies)),
+            (round_fields.SLOW_STATES, self._round.rows.data_ptr()),
+            (round_fields.SLOW_STEP, 2 * self._state_bytes),
+            (round_fields.PASS_FIRST, self.depth),
+            (round_fields.PASS_LAST, decoder.config.num_layers),
+        ):
+            self._task.words[field] = value
         stepper.reserve_adapters(
             max(accelerator.adapters(index).q.down.shape[0] for index in range(self.depth))
         )
@@ -184,9 +230,66 @@ class FusedDrafter(StepwiseDrafter):
         stepper.use_tokens(sequence.ids[-1:])
         stepper.use_positions((position, position), (position, -1))
         fields[control.CONDITION] = states.data_ptr() + row * self._state_bytes
-        fields[control.PLAN], fields[control.CHOICE] = plan.address, task
+        fields[control.PLAN], fields[control.CHOICE], fields[control.ROUND] = plan.address, task, 0
         stepper.team.run(control.RUN_DRAFTS, fields)
         return self._round.drafted(not stepper.drafts_on_copies)
+
+    def whole_round(
+        self,
+        sequence: TokenSequence,
+        states: Tensor,
+        row: int,
+        plan: DraftPlan,
+        room: int,
+        context: RoundContext | None,
+    ) -> Verified | None:
+        """In one command, where the model is dense and native code can tell its tokens."""
+        stepper, ids, sampler = self.stepper, sequence.ids, sequence.sampler
+        if not stepper.runs_rounds or plan.wants_alternatives:
+            return None
+        vocabulary = stepper.decoder.config.vocab_size
+        choice = sampler.draft_task(ids, self._head.tokens, self._weights, vocabulary)
+        if choice is None:
+            return None
+        started, position, fields, task = (
+            perf_counter(),
+            sequence.cache.length,
+            self._round_fields,
+            self._task,
+        )
+        stepper.follow(sequence.cache, position + min(room + 1, round_fields.MOST_ROWS))
+        stepper.use_tokens(ids[-1:])
+        stepper.use_positions((position, position), (position, -1))
+        task.take(ids, room, context)
+        passed = stepper.pass_fields(round_fields.MOST_ROWS, sampler.weighs_at)
+        task.words[round_fields.PASS_OUT] = stepper.states_address
+        task.words[round_fields.NOTE_STEP] = stepper.note_step
+        fields[control.CONDITION] = states.data_ptr() + row * self._state_bytes
+        fields[control.PLAN], fields[control.CHOICE] = plan.address, choice
+        fields[control.ROUND] = task.address
+        stepper.team.run(control.RUN_ROUND, fields | passed)
+        return self._verified(sequence, started)
+
+    def _verified(self, sequence: TokenSequence, started: float) -> Verified:
+        """What came of a round in one command."""
+        words, task, ids = self._task.words, self._task, sequence.ids
+        drafted = self._round.drafted(has_slow_states=False)
+        chain, others = words[round_fields.NUM_CHAIN], words[round_fields.NUM_ALTERNATIVES]
+        states, logits = self.stepper.given(1 + chain + others)
+        if count := words[round_fields.NUM_NEW]:
+            ids += task.tokens(round_fields.NEW_TOKENS, count)
+            right, instead = words[round_fields.NUM_RIGHT], bool(words[round_fields.HAS_ALTERNATIVE])
+            is_bonus = instead or right == chain > 0
+            accepted = Accepted(right, instead, words[round_fields.ROW], is_bonus)
+        else:
+            drafts = task.tokens(round_fields.CHAIN_TOKENS, chain)
+            accepted = accept(logits, drafts, ids, sequence.sampler, task.alternatives())
+        length = words[round_fields.MATCH_LENGTH]
+        share = 1 - words[round_fields.DRAFT_TICKS] / max(1, words[round_fields.TICKS])
+        seconds = share * (perf_counter() - started)
+        return Verified(
+            drafted, chain, Match(length) if length else NO_MATCH, others, accepted, states, seconds
+        )
 
     def _run_dense(self, layers: range, rows: Tensor, slot: _Slot, state: Tensor, position: int) -> None:
         """Neighbouring dense layers, if any, with token and start map before the first layer and the exit behind the

@@ -50,6 +50,7 @@ class FusedExpertStepper(FusedStepper):
     """
 
     patience = 100_000  # about 2.5 ms: to wake a worker up behind every load that is waited for takes as long as the load
+    runs_rounds = False
     shares_cores = False  # its threads often wait for the caller, or take turns with those that load experts
 
     def __init__(self, decoder: Decoder, num_threads: int) -> None:

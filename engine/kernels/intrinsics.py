@@ -382,3 +382,14 @@ def put_u32(typingctx: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def put_i8(typingctx: Any, address: Any, value: Any) -> Any:
+    """Store the low 8 bits of an int64 at ``address``."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        store(builder, builder.trunc(args[1], I8), args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

@@ -26,7 +26,7 @@ from engine.atomic import replacing
 
 _log = logging.getLogger(__name__)
 # That are compiled once for all models.
-_MODULES = ("loads", "turns", "foretell", "choices", "draft_rows", "page_guard")
+_MODULES = ("loads", "turns", "foretell", "choices", "draft_rows", "matches", "page_guard")
 _TIMEOUT = 600.0  # seconds: much longer than it takes
 
 
@@ -66,6 +66,12 @@ def load_draft_rows() -> Callable[..., None]:
     return _link(*_objects(("draft_rows",))["take_row"], ctypes.PYFUNCTYPE, 8)
 
 
+@cache
+def load_matches() -> Callable[[int, int, int], None]:
+    """:func:`engine.kernels.matches.native_code`'s, once for the process. It keeps the interpreter lock."""
+    return _link(*_objects(("matches",))["find"], ctypes.PYFUNCTYPE, 3)
+
+
 @dataclass(frozen=True)
 class Choices:
     """How tokens are chosen; :func:`engine.kernels.choices.native_code` says what they do. Both keep the interpreter lock."""
@@ -93,7 +99,7 @@ def load_page_guard(table: int) -> int:
 @cache
 def load_program(kinds: Kinds) -> Program:
     """The code for ``kinds``, once for the process."""
-    soon = _MODULES if kinds.models == "experts" else ("choices", "draft_rows")
+    soon = _MODULES if kinds.models == "experts" else ("choices", "draft_rows", "matches")
     objects = _objects(astuple(kinds), *((module,) for module in soon))
     return Program(
         _link(*objects["work"], ctypes.CFUNCTYPE, 3),

@@ -23,6 +23,7 @@ from engine.kernels.control import (
     MOST_THREADS,
     RANK_FIELDS,
     RANKS,
+    ROUND,
     ROWS,
     RUN_ATTENTION,
     RUN_DRAFT,
@@ -31,6 +32,7 @@ from engine.kernels.control import (
     RUN_FORWARD,
     RUN_LAYERS,
     RUN_MATMUL,
+    RUN_ROUND,
     SEEN,
     SEQUENCE,
     STOP,
@@ -46,11 +48,29 @@ from engine.kernels.forward_phases import forward_through, run_kept_layer, run_l
 from engine.kernels.intrinsics import atomic_get, atomic_put, get_i64, give_way, pause, put_i64, ticks
 from engine.kernels.native import Kinds
 from engine.kernels.phases import use_rows
+from engine.kernels.round_fields import DRAFT_TICKS, TICKS
+from engine.kernels.whole_round import accept_rows
 
 
 def _commands(run_forward: Any) -> Any:
     """What runs the command in the control block as thread ``rank``. The tags choose the types of weights, cache, draft head
     and the weights that draft."""
+
+    @compiled
+    def run_round(
+        tag: Any, kv: Any, head: Any, draft: Any, kv_size: int, control: int, own: int, rank: int
+    ) -> None:
+        """Drafts, the pass that verifies them, and, by rank 0, what is accepted."""
+        began = ticks()
+        run_drafts(draft, kv, head, kv_size, control, own, rank)
+        use_rows(control, own, 0, get_i64(control + 8 * ROWS))
+        drafted = ticks()
+        run_forward(tag, kv, draft, kv_size, control, own, rank)
+        if rank == 0:
+            accept_rows(control)
+            task = get_i64(control + 8 * ROUND)
+            put_i64(task + 8 * DRAFT_TICKS, drafted - began)
+            put_i64(task + 8 * TICKS, ticks() - began)
 
     @compiled
     def execute(
@@ -66,6 +86,8 @@ def _commands(run_forward: Any) -> Any:
             run_draft(draft, kv, head, kv_size, control, own, rank)
         elif get_i64(control + 8 * COMMAND) == RUN_DRAFTS:
             run_drafts(draft, kv, head, kv_size, control, own, rank)
+        elif get_i64(control + 8 * COMMAND) == RUN_ROUND:
+            run_round(tag, kv, head, draft, kv_size, control, own, rank)
 
     return execute
 

@@ -39,6 +39,7 @@ class FusedStepper:
     max_rows = MAX_ROWS
     patience = PATIENCE
     shares_cores = True
+    runs_rounds = True  # a round of self-speculation can be one command
 
     def __init__(self, decoder: Decoder, num_threads: int) -> None:
         self.decoder = decoder
@@ -69,6 +70,7 @@ class FusedStepper:
         # What passes give: memory for it, and of one row, of two, and so on. To ask torch for either takes ten microseconds.
         self._states = torch.empty(0, decoder.config.hidden_size)
         self._given: list[tuple[Tensor, Tensor]] = []
+        self.states_address = self._logits_address = 0
         self._notes, self._sharpness = LogitNotes(0, 0), 0
         self._head = self.table.describe(decoder.weights.lm_head).ctypes.data
         self._cache_seen: tuple[weakref.ref[KVCache] | None, int] = (None, -1)
@@ -141,6 +143,22 @@ class FusedStepper:
         for place, row in enumerate(begun):
             self._begun[place] = row.data_ptr()
         self.use_positions(*self._row_places(cache.length, rows, instead_of))
+        self.team.run(
+            control.RUN_FORWARD,
+            {
+                **self.pass_fields(rows, weigh_at),
+                control.ROWS: rows,
+                control.BEGUN: len(begun),
+                control.FIRST: depth,
+                control.LAST: len(self._layers),
+                control.OUT: self.states_address,
+            },
+        )
+        return self.given(rows)
+
+    def pass_fields(self, rows: int, weigh_at: float) -> dict[int, int]:
+        """What a pass of up to so many rows needs beside their number, the layers and where their states go, which is
+        ``states_address``."""
         if rows > len(self._given):
             self._states, self._vocabulary = (
                 torch.empty(rows, each.shape[1]) for each in (self._states, self._vocabulary)
@@ -149,27 +167,26 @@ class FusedStepper:
             self._notes, self._sharpness = LogitNotes(rows, self._vocabulary.shape[1]), 0
             for _, each in self._given:
                 keep_notes(each, self._notes)
-            self._addresses = self._states.data_ptr(), self._vocabulary.data_ptr()
-        states, logits = self._addresses
+            self.states_address, self._logits_address = self._states.data_ptr(), self._vocabulary.data_ptr()
         if weigh_at != self._notes.temperature:
             self._notes.temperature = weigh_at
             self._sharpness = int(np.float32(sharpness_of(weigh_at)).view(np.int32))
-        self.team.run(
-            control.RUN_FORWARD,
-            {
-                control.ROWS: rows,
-                control.BEGUN: len(begun),
-                control.FIRST: depth,
-                control.LAST: len(self._layers),
-                control.HIDDEN: self._begun_address,
-                control.OUT: states,
-                control.NORM: self.final_norm,
-                control.LINEAR: self._head,
-                control.LOGITS: logits,
-                control.NOTES: self._notes.first,
-                control.SHARPNESS: self._sharpness,
-            },
-        )
+        return {
+            control.HIDDEN: self._begun_address,
+            control.NORM: self.final_norm,
+            control.LINEAR: self._head,
+            control.LOGITS: self._logits_address,
+            control.NOTES: self._notes.first,
+            control.SHARPNESS: self._sharpness,
+        }
+
+    @property
+    def note_step(self) -> int:
+        """Bytes from what is noted of one row's logits to the next one's."""
+        return self._notes.step
+
+    def given(self, rows: int) -> tuple[Tensor, Tensor]:
+        """States and logits of the latest pass."""
         return self._given[rows - 1]
 
     def _row_places(

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.decoding.acceptance import Accepted
 from engine.decoding.base import TokenSequence
+from engine.decoding.context_index import ContextIndex, Match
 from engine.decoding.draft_plan import DraftPlan
 from engine.decoding.ranking import Candidates, Rank, Ranked, likeliest
 from engine.models.attention import Sight, attend
@@ -73,6 +75,29 @@ class Drafted:
     offers: list[Ranked] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A round that was drafted and verified, its tokens appended to the text, its cache as the pass left it.
+
+    Attributes:
+        drafted: by the stream.
+        num_in_chain: drafts, those from the context behind the stream's counted in.
+        match: where these are from.
+        num_alternatives: tokens verified in place of drafts.
+        accepted: what was.
+        states: of all rows, ``[T, D]``.
+        seconds: that verifying took.
+    """
+
+    drafted: Drafted
+    num_in_chain: int
+    match: Match
+    num_alternatives: int
+    accepted: Accepted
+    states: Tensor
+    seconds: float
+
+
 class Drafter(Protocol):
     """Drafts on a loaded model."""
 
@@ -111,6 +136,39 @@ class Drafter(Protocol):
             row: of the token before the last.
         """
 
+    def whole_round(
+        self,
+        sequence: TokenSequence,
+        states: Tensor,
+        row: int,
+        plan: DraftPlan,
+        room: int,
+        context: RoundContext | None,
+    ) -> Verified | None:
+        """As :meth:`draft_round`, and verify what there is to be verified; None: this is not done in one here.
+
+        Args:
+            room: for drafts in all.
+            context: where drafts may come from behind the stream's.
+        """
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """A text's earlier tokens as drafts.
+
+    Attributes:
+        index: of them.
+        luck: addresses of how often matches were right, as :class:`engine.decoding.context.ContextDrafter` has them.
+        most: drafts in all, where some are from there.
+        worth: tokens per second that time is worth.
+    """
+
+    index: ContextIndex
+    luck: tuple[int, int]
+    most: int
+    worth: float
+
 
 class StepwiseDrafter:
     """A :class:`Drafter` whose rounds are put together here, from its single steps."""
@@ -136,6 +194,18 @@ class StepwiseDrafter:
             if not plan.more(found.confidences):
                 return found
             token, state = draft.token, draft.exit_state
+
+    def whole_round(
+        self,
+        sequence: TokenSequence,
+        states: Tensor,
+        row: int,
+        plan: DraftPlan,
+        room: int,
+        context: RoundContext | None,
+    ) -> Verified | None:
+        """Its steps are not one."""
+        return None
 
 
 class TorchDrafter(StepwiseDrafter):
