@@ -31,13 +31,7 @@ NO_MATCH = Match()
 
 
 class ContextIndex:
-    """The short runs of tokens in one growing sequence.
-
-    Attributes:
-        address: of the same for native code (:mod:`engine.kernels.matches`); 0: there is none.
-    """
-
-    address = 0
+    """The short runs of tokens in one growing sequence."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self._ids = ids
@@ -66,6 +60,9 @@ class NativeIndex(ContextIndex):
 
     Args:
         find: :func:`engine.kernels.native.load_matches`'s.
+
+    Attributes:
+        address: where that is (:mod:`engine.kernels.round_fields`).
     """
 
     def __init__(self, ids: Sequence[int], find: Callable[[int, int, int], None]) -> None:

@@ -31,7 +31,7 @@ from engine.decoding.acceptance import accept, round_step, verify_chain
 from engine.decoding.base import Step, TokenSequence
 from engine.decoding.calibration import Drift
 from engine.decoding.context import MAX_DRAFTS, ContextDrafter
-from engine.decoding.context_index import NO_MATCH, Match, index_of
+from engine.decoding.context_index import NO_MATCH, Match, NativeIndex, index_of
 from engine.decoding.controller import DepthController, RoundRecord, SpeculationState
 from engine.decoding.draft_plan import DraftPlan
 from engine.requests import Provenance
@@ -136,10 +136,10 @@ class M2R2Decoding:
 
     def _round_context(self) -> RoundContext | None:
         """What a round in one command may take drafts from."""
-        context, worth = self._context, self._controller.rate
-        if context is None or worth is None or not self._index.address:
+        context, index, worth = self._context, self._index, self._controller.rate
+        if context is None or worth is None or not isinstance(index, NativeIndex):
             return None
-        return RoundContext(self._index, context.luck, MAX_DRAFTS, worth)
+        return RoundContext(index, context.luck, MAX_DRAFTS, worth)
 
     def _more_from_context(
         self, plan: DraftPlan, drafts: list[int], confidences: list[float], limit: int

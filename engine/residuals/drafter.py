@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.decoding.acceptance import Accepted
 from engine.decoding.base import TokenSequence
-from engine.decoding.context_index import ContextIndex, Match
+from engine.decoding.context_index import Match, NativeIndex
 from engine.decoding.draft_plan import DraftPlan
 from engine.decoding.ranking import Candidates, Rank, Ranked, likeliest
 from engine.models.attention import Sight, attend
@@ -164,7 +164,7 @@ class RoundContext:
         worth: tokens per second that time is worth.
     """
 
-    index: ContextIndex
+    index: NativeIndex
     luck: tuple[int, int]
     most: int
     worth: float
