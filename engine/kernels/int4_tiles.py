@@ -114,6 +114,9 @@ def int4_tile(rows: int, dots: ByteDots, keep: bool = False) -> Any:
     return tile
 
 
+# Of a tile. For more, or where registers are few, two tiles take less time.
+MOST_ROWS = 6 if SMALL[available()[0]].lanes == LANES else 4
 STREAMED, KEPT = (
-    tuple(int4_tile(rows, SMALL[available()[0]], keep) for rows in (1, 2, 3, 4)) for keep in (False, True)
+    tuple(int4_tile(rows, SMALL[available()[0]], keep) for rows in range(1, MOST_ROWS + 1))
+    for keep in (False, True)
 )

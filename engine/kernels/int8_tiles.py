@@ -108,6 +108,10 @@ def int8_tile(rows: int, dots: ByteDots, keep: bool = False) -> Any:
     return tile
 
 
+MOST_ROWS = (
+    8 if WHOLE[available()[0]].lanes == LANES else 4
+)  # of a tile, whose sums have to fit into the registers
 STREAMED, KEPT = (
-    tuple(int8_tile(rows, WHOLE[available()[0]], keep) for rows in (1, 2, 3, 4)) for keep in (False, True)
+    tuple(int8_tile(rows, WHOLE[available()[0]], keep) for rows in range(1, MOST_ROWS + 1))
+    for keep in (False, True)
 )

@@ -100,8 +100,21 @@ def _add_bias(linear: int, output: int, width: int, out: int, out_step: int, row
                 put_f32(at, get_f32(at) + get_f32(bias + 4 * (output + j)))
 
 
+@compiled
+def _evenly(rows: int, most: int) -> int:
+    """Rows of a tile: as few tiles as can be, and alike."""
+    tiles = (rows + most - 1) // most
+    return (rows + tiles - 1) // tiles
+
+
+def _up_to_eight(tiles: Sequence[Callable[..., None]]) -> list[Callable[..., None]]:
+    """The tiles by their rows; what there is none for is never asked for."""
+    return [tiles[min(rows, len(tiles)) - 1] for rows in range(1, 9)]
+
+
 def _int4_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
-    n1, n2, n3, n4 = tiles
+    n1, n2, n3, n4, n5, n6, n7, n8 = _up_to_eight(tiles)
+    most = len(tiles)
 
     @compiled
     def block(
@@ -116,20 +129,28 @@ def _int4_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
         else:
             codes = get_i64(linear) + output * k // 2 + first * (GROUP * BLOCK // 2)
             pairs = get_i64(linear + 8 * SCALES) + 4 * (output * groups + first * BLOCK)
-            count, step = last - first, GROUP_BYTES * groups
-            for row in range(0, rows, 4):
+            count, step, together = last - first, GROUP_BYTES * groups, _evenly(rows, most)
+            for row in range(0, rows, together):
                 a = x + row * k + first * GROUP
                 e = extras + row * step + first * GROUP_BYTES
                 o = out + 4 * row * out_step
-                left = rows - row
-                if left >= 4:
-                    n4(codes, pairs, count, a, k, e, step, o, out_step)
-                elif left == 3:
-                    n3(codes, pairs, count, a, k, e, step, o, out_step)
+                left = min(together, rows - row)
+                if left == 1:
+                    n1(codes, pairs, count, a, k, e, step, o, out_step)
                 elif left == 2:
                     n2(codes, pairs, count, a, k, e, step, o, out_step)
+                elif left == 3:
+                    n3(codes, pairs, count, a, k, e, step, o, out_step)
+                elif left == 4:
+                    n4(codes, pairs, count, a, k, e, step, o, out_step)
+                elif left == 5:
+                    n5(codes, pairs, count, a, k, e, step, o, out_step)
+                elif left == 6:
+                    n6(codes, pairs, count, a, k, e, step, o, out_step)
+                elif left == 7:
+                    n7(codes, pairs, count, a, k, e, step, o, out_step)
                 else:
-                    n1(codes, pairs, count, a, k, e, step, o, out_step)
+                    n8(codes, pairs, count, a, k, e, step, o, out_step)
         if part == 0:
             _add_bias(linear, output, width, out, out_step, rows)
 
@@ -157,7 +178,8 @@ def _int8_tail(
 
 
 def _int8_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
-    b1, b2, b3, b4 = tiles
+    b1, b2, b3, b4, b5, b6, b7, b8 = _up_to_eight(tiles)
+    most = len(tiles)
 
     @compiled
     def block(
@@ -168,21 +190,29 @@ def _int8_blocks(tiles: Sequence[Callable[..., None]]) -> Any:
         first, last = part * groups // parts, (part + 1) * groups // parts
         begin, count, step = first * GROUP, min(last * GROUP, k) - first * GROUP, GROUP_BYTES * groups
         width = min(BLOCK, n - output)
-        tiled = width // _TILE * _TILE
+        tiled, together = width // _TILE * _TILE, _evenly(rows, most)
         for j in range(0, tiled, _TILE):
             codes = get_i64(linear) + (output + j) * k + begin * _TILE
             scales = get_i64(linear + 8 * SCALES) + 2 * (output + j)
-            for row in range(0, rows, 4):
+            for row in range(0, rows, together):
                 a, e = x + row * k + begin, extras + row * step + first * GROUP_BYTES
-                o, left = out + 4 * (row * out_step + j), rows - row
-                if left >= 4:
-                    b4(codes, scales, count, a, k, e, step, o, out_step)
-                elif left == 3:
-                    b3(codes, scales, count, a, k, e, step, o, out_step)
+                o, left = out + 4 * (row * out_step + j), min(together, rows - row)
+                if left == 1:
+                    b1(codes, scales, count, a, k, e, step, o, out_step)
                 elif left == 2:
                     b2(codes, scales, count, a, k, e, step, o, out_step)
+                elif left == 3:
+                    b3(codes, scales, count, a, k, e, step, o, out_step)
+                elif left == 4:
+                    b4(codes, scales, count, a, k, e, step, o, out_step)
+                elif left == 5:
+                    b5(codes, scales, count, a, k, e, step, o, out_step)
+                elif left == 6:
+                    b6(codes, scales, count, a, k, e, step, o, out_step)
+                elif left == 7:
+                    b7(codes, scales, count, a, k, e, step, o, out_step)
                 else:
-                    b1(codes, scales, count, a, k, e, step, o, out_step)
+                    b8(codes, scales, count, a, k, e, step, o, out_step)
         if tiled < width:
             _int8_tail(linear, output + tiled, first, last, x, extras, out + 4 * tiled, out_step, rows)
         if part == 0:
