@@ -1,4 +1,4 @@
-"""Drafts on the fused kernels: one command of the team for a round, and step by step where layers have experts."""
+"""Drafts on the fused kernels: one command of the team for a whole round, and step by step where layers have experts."""
 
 from __future__ import annotations
 
