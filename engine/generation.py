@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from time import perf_counter
 
-from engine.decoding.base import Backend, Step, TokenSequence
+from engine.decoding.base import Backend, Step, TakesTurns, TokenSequence
 from engine.errors import OutOfMemoryError, SlipstreamError
 from engine.mapped_files import check_mapped_files
 from engine.metrics import GenerationMetrics
@@ -18,6 +19,13 @@ from engine.threads import use_threads
 # only halve each other's speed and spoil the timings. It is held for one round or one prefill chunk, so
 # several generations take turns.
 ENGINE_LOCK = threading.Lock()
+
+
+def _nobody() -> None:
+    """Instead of a method to which it matters who steps next."""
+
+
+_latest: Callable[[], TakesTurns | None] = _nobody  # whose step was the latest
 
 
 class Generation:
@@ -48,6 +56,9 @@ class Generation:
     ) -> None:
         self._backend = backend
         self._method = backend.method(request.method)
+        self._turn: Callable[[], TakesTurns | None] = _nobody
+        if isinstance(self._method, TakesTurns):
+            self._turn = weakref.ref(self._method)
         self.request = request
         self.sequence = sequence
         self._text = text
@@ -147,6 +158,7 @@ class Generation:
             self._started = True
         self._stop_if_cancelled()
         with ENGINE_LOCK:
+            _take_turn(self._turn)
             started = perf_counter()
             if self._in_torch:
                 with use_threads(self._num_threads):
@@ -230,6 +242,15 @@ class Generation:
         on_finish, self._on_finish = self._on_finish, None
         if on_finish is not None:
             on_finish(self)
+
+
+def _take_turn(turn: Callable[[], TakesTurns | None]) -> None:
+    """Have whoever stepped last, if it was another, step aside."""
+    global _latest
+    if turn is not _latest:
+        if (last := _latest()) is not None:
+            last.step_aside()
+        _latest = turn
 
 
 def _memory_sentence(error: BaseException) -> str | None:

@@ -17,6 +17,8 @@ from engine.decoding.base import TokenSequence
 from engine.decoding.controller import DepthController
 from engine.decoding.m2r2 import M2R2
 from engine.decoding.sampling import Sampler
+from engine.generation import Generation
+from engine.kernels.drafter import FusedDrafter
 from engine.models.decoder import Decoder
 from engine.models.kv_cache import KVCache
 from engine.models.loader import load_decoder
@@ -429,3 +431,35 @@ def test_the_real_model_answers_the_same(default_model_path: Path, weight_format
         assert accepted > 40
     finally:
         session.close()
+
+
+def test_drafts_start_from_their_own_text_while_another_answer_takes_turns(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All passes give their states in the same memory."""
+    decoder = load_decoder(folder, "int4")
+    stepper = make_stepper(decoder)
+    backend = DecoderBackend(decoder, stepper, fixed(make_drafter(stepper, accelerator(decoder)), 3))
+    info = ModelInfo("tiny", "llama", 1, "int4", "cpu", 256, 1, "fused", backend.methods())
+    session, seen = Session(backend, load_tokenizer(folder), info), []
+    whole_round = FusedDrafter.whole_round
+
+    def watched(
+        drafter: FusedDrafter, sequence: TokenSequence, states: Tensor, row: int, *others: Any
+    ) -> Any:
+        seen.append((len(sequence.ids), states[row].clone()))
+        return whole_round(drafter, sequence, states, row, *others)
+
+    monkeypatch.setattr(FusedDrafter, "whole_round", watched)
+
+    def answer(method: str, prompt: list[int]) -> Generation:
+        request = GenerationRequest(method=method, prompt_ids=prompt, max_new_tokens=40, ignore_eos=True)
+        return session.stream_generate(request, reuse_prefix=False)
+
+    list(answer("m2r2", PROMPT))
+    alone, seen = seen, []
+    for _ in zip(answer("m2r2", PROMPT), answer("plain", PROMPT[::-1]), strict=False):
+        pass
+    assert len(seen) > 20
+    for (length, state), (expected_length, expected) in zip(seen, alone, strict=False):
+        assert length == expected_length and torch.equal(state, expected)

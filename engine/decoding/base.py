@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from engine.decoding.sampling import Sampler
 from engine.requests import Provenance
@@ -70,6 +70,14 @@ class DecodingMethod(Protocol):
         leaves: at most ``max_tokens`` rows, drafts included. End-of-sequence tokens and stop strings
         are the caller's business: it drops what follows them.
         """
+
+
+@runtime_checkable
+class TakesTurns(Protocol):
+    """A method whose last pass left something in memory that any sequence's next pass writes."""
+
+    def step_aside(self) -> None:
+        """Another sequence's step is next: keep it."""
 
 
 class Backend(Protocol):

@@ -71,6 +71,11 @@ class M2R2Decoding:
             return self._plain_step(started)
         return self._round(plan, limit, started)
 
+    def step_aside(self) -> None:
+        """Keep the state that the next drafts start from: a pass gives its states until the next one."""
+        if self._states is not None:
+            self._states, self._row = self._states[self._row : self._row + 1].clone(), 0
+
     def _plain_step(self, started: float) -> Step:
         """A round that drafts nothing."""
         sequence = self._sequence
