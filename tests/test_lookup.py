@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine.backend import DecoderBackend
+from engine.decoding import context_index
 from engine.decoding.base import TokenSequence
 from engine.decoding.context import MAX_DRAFTS, ContextDrafter
 from engine.decoding.context_index import ContextIndex, Match, NativeIndex, index_of
@@ -102,6 +103,19 @@ def test_matches_of_a_growing_text(make: Callable[[list[int]], ContextIndex]) ->
 
 def test_native_code_looks_for_matches() -> None:
     assert isinstance(index_of([1, 2, 3]), NativeIndex)
+
+
+def test_where_native_code_fails_python_looks_for_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError("no LLVM")
+
+    monkeypatch.setattr("engine.kernels.native.load_matches", fail)
+    context_index._native_find.cache_clear()
+    try:
+        index = index_of([1, 2, 3, 1, 2])
+        assert not isinstance(index, NativeIndex) and index.find(1) == Match(2, (3,))
+    finally:
+        context_index._native_find.cache_clear()
 
 
 def _search(ids: list[int], limit: int, drafts: list[int]) -> Match:

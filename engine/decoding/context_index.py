@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import numpy as np
 
+from engine.decoding.native_code import native_or_none
 from engine.decoding.native_memory import address, numbers
 from engine.kernels import round_fields as fields
 from engine.kernels.round_fields import LENGTHS
 
-_log = logging.getLogger(__name__)
 _ROOM = 256  # tokens, at first; more by doubling
 _SPARSE = 4  # places in the table for each run
 
@@ -110,12 +108,9 @@ def index_of(ids: Sequence[int]) -> ContextIndex:
 
 @cache
 def _native_find() -> Callable[[int, int, int], None] | None:
-    if not find_spec("numba"):
-        return None
-    try:
+    def load() -> Callable[[int, int, int], None]:
         from engine.kernels.native import load_matches
 
         return load_matches()
-    except Exception:  # an LLVM or cache problem must not keep anyone from chatting
-        _log.exception("matches in the context are looked for by Python")
-        return None
+
+    return native_or_none(load, "matches in the context are looked for by Python")

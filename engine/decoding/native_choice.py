@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.decoding.logit_notes import LogitNotes, notes_of, sharpness_of
+from engine.decoding.native_code import native_or_none
 from engine.decoding.native_memory import address, numbers
 from engine.decoding.ranking import Candidates, Floats, Ranked, Tokens
 from engine.decoding.seen import SeenTokens
@@ -22,7 +21,6 @@ from engine.requests import SamplingParams
 if TYPE_CHECKING:
     from engine.kernels.native import Choices
 
-_log = logging.getLogger(__name__)
 _MOST_DRAFTED = 64
 _LOGIT_BYTES = 4
 
@@ -152,12 +150,9 @@ def native_choice(params: SamplingParams, key: int) -> NativeChoice | None:
 
 @cache
 def _code() -> Choices | None:
-    if not find_spec("numba"):
-        return None
-    try:
+    def load() -> Choices:
         from engine.kernels.native import load_choices
 
         return load_choices()
-    except Exception:  # an LLVM or cache problem must not keep anyone from chatting
-        _log.exception("tokens are chosen by numpy")
-        return None
+
+    return native_or_none(load, "tokens are chosen by numpy")
